@@ -1,0 +1,82 @@
+"""Save and load a run: global tensors through torch.distributed.checkpoint, the rest as JSON beside them.
+
+Every rank writes the pieces that it owns and reads the pieces that it needs; nothing is gathered. Names and shapes are
+those of the whole model, so a checkpoint does not say which layout wrote it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from bigtrain.checkpoint import folder as folders
+from bigtrain.checkpoint.reader import SafeReader, tensors_in
+from bigtrain.checkpoint.slices import Fragment, state_dict_of
+from bigtrain.config.errors import UserError
+
+
+def save(root: Path, step: int, fragments: Iterable[Fragment], state: dict[str, Any], *, keep: int) -> None:
+    """Write ``root/step-NNNNNNNN`` and commit it; then delete all but the `keep` newest. Collective.
+
+    `state`: JSON-able, the same on every rank."""
+    main = dist.get_rank() == 0
+    partial = folders.partial_of(root, step)
+    if main:
+        folders.prune(root, keep)
+        partial.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    writer = dcp.FileSystemWriter(partial, sync_files=True, single_file_per_rank=True)
+    dcp.save(state_dict_of(fragments, only_owned=True), storage_writer=writer)
+    if main:
+        folders.commit(root, step, state)
+        folders.prune(root, keep)
+    dist.barrier()
+
+
+def load(folder: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
+    """Fill `fragments` in place from a committed checkpoint of any layout; returns its `state`. Collective.
+
+    Raises UserError for a checkpoint of another model, naming the first tensor that does not fit."""
+    wanted = state_dict_of(fragments, only_owned=False)
+    state = folders.state_of(folder)
+    check_shapes(folder, {name: tensor.shape for name, tensor in wanted.items()})
+    try:
+        dcp.load(wanted, storage_reader=SafeReader(folder))
+    except CheckpointException as error:
+        raise UserError(f"checkpoint {folder}: it cannot be read: {_first_cause(error)}") from error
+    return state
+
+
+def load_full(folder: Path, kind: str = "weight") -> dict[str, torch.Tensor]:
+    """Every global tensor of one kind, whole, on this process alone. No process group is needed."""
+    names = tensors_in(folder)
+    tensors = {name: torch.empty(size) for name, size in names.items() if name.startswith(f"{kind}.")}
+    dcp.load(cast("dict[str, Any]", tensors), storage_reader=SafeReader(folder), no_dist=True)
+    return {name.removeprefix(f"{kind}."): tensor for name, tensor in tensors.items()}
+
+
+def check_shapes(folder: Path, wanted: dict[str, torch.Size]) -> None:
+    """Raise UserError unless the checkpoint holds every tensor that is wanted, in its shape."""
+    try:
+        there = tensors_in(folder)
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as error:
+        raise UserError(f"checkpoint {folder}: its index .metadata cannot be read ({error})") from error
+    for name, shape in wanted.items():
+        if name not in there:
+            raise UserError(f"checkpoint {folder}: it has no tensor {name}; it is of another model")
+        if there[name] != shape:
+            raise UserError(
+                f"checkpoint {folder}: {name} has shape {tuple(there[name])}, this model wants {tuple(shape)}"
+            )
+
+
+def _first_cause(error: CheckpointException) -> str:
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {type(cause).__name__}: {cause}"

@@ -1,0 +1,295 @@
+"""Every setting of a run, as frozen dataclasses, one per Hydra group.
+
+The string under a field is its documentation: the unit first where there is one. ``--help`` and docs read it.
+Nothing here touches a disk, a process or torch: a login node reads this module.
+`bigtrain.config.check` says what is wrong with a config; this module only gives names, types and defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _choice(default: str, *choices: str) -> Any:
+    """A string field that admits only `choices`; `bigtrain.config.check` enforces it."""
+    return field(default=default, metadata={"choices": choices})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the run is called and where it is kept."""
+
+    name: str = "default"
+    """Name of the run; also the name of its folder and of its W&B run."""
+    dir: str = "runs/${run.name}"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, report.html, logs/, wandb/."""
+    seed: int = 1234
+    """Seed of initial weights, data order and dropout."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer."""
+
+    name: str = "tiny"
+    """Name of the preset."""
+    num_layers: int = 6
+    """Transformer layers."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_attention_heads: int = 8
+    """Query heads; they divide hidden_size."""
+    num_query_groups: int = 4
+    """Key/value heads (GQA); equal to num_attention_heads for plain multi-head attention."""
+    ffn_hidden_size: int = 704
+    """Width inside the feed-forward block."""
+    vocab_size: int = 4096
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    tie_embeddings: bool = False
+    """Share the input embedding with the output layer."""
+    position: str = _choice("rope", "rope", "learned")
+    """Rotary or learned position embedding."""
+    max_positions: int = 2048
+    """Tokens; rows of the learned position table, and the longest sequence that the model is meant for."""
+    rope_theta: float = 10000.0
+    """Base of the rotary angles."""
+    norm: str = _choice("rmsnorm", "rmsnorm", "layernorm")
+    """Before each block and at the end."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    activation: str = _choice("swiglu", "swiglu", "gelu")
+    """gelu is the tanh approximation, as in GPT-2."""
+    bias: bool = False
+    """Biases in the linear layers (GPT-2 has them, Llama has not)."""
+    attention_dropout: float = 0.0
+    """Dropout of the attention weights."""
+    hidden_dropout: float = 0.0
+    """Dropout after the embedding, the attention block and the feed-forward block."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; the two residual output layers divide it by sqrt(2 num_layers)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are laid out over the ranks. The data-parallel size is what is left:
+    world / (tensor x pipeline)."""
+
+    tensor: int = 1
+    """Ranks that share each layer's weights (Megatron tensor parallelism)."""
+    pipeline: int = 1
+    """Stages that the layers are spread over."""
+    virtual_pipeline: int = 1
+    """Model chunks a stage (interleaved 1F1B)."""
+    sequence: bool = False
+    """Shard activations outside the tensor-parallel regions over the sequence (Megatron sequence parallelism)."""
+    zero_stage: int = 3
+    """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters sharded over data ranks."""
+    gather: str = _choice("auto", "auto", "microbatch", "step")
+    """ZeRO-3: gather parameters for each microbatch (least memory) or keep them for the step (least traffic)."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    dtype: str = _choice("fp32", "fp32", "bf16")
+    """Of weights in forward and backward. Master weights, gradient reduction and Adam moments are always fp32."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and batch of the training."""
+
+    num_steps: int = 300
+    """Optimizer steps; ignored where num_tokens is set."""
+    num_tokens: int | None = None
+    """Tokens; the number of steps is this over the tokens in a global batch, rounded up."""
+    stop_after: int | None = None
+    """Save and stop after this many steps of the run; the schedule still spans num_steps, and the same command without
+    this goes on from there."""
+    global_batch_size: int = 16
+    """Sequences an optimizer step, over all ranks."""
+    micro_batch_size: int = 4
+    """Sequences a forward pass on one rank."""
+    sequence_length: int = 256
+    """Tokens a sequence."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    recompute: str = _choice("none", "none", "selective", "full")
+    """Activation recompute: attention only, or whole layers."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101)."""
+
+    name: str = _choice("adamw", "adamw")
+    """The optimizer."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """On matrices only: norms and biases are not decayed."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the steps, as a share of optim.lr."""
+
+    name: str = _choice("cosine", "cosine", "linear", "wsd", "constant")
+    """wsd: warm up, stay, decay in the last decay_fraction (https://arxiv.org/abs/2404.06395)."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up from 0."""
+    min_ratio: float = 0.1
+    """Learning rate at the end, as a share of optim.lr."""
+    decay_fraction: float = 0.2
+    """wsd: share of all steps that the final linear decay takes."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One set of shards."""
+
+    path: str = ""
+    """Folder that tools/shards.py built."""
+    weight: float = 1.0
+    """Share of the tokens, relative to the other sources."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Text that `bigtrain.launch` turns into a tokenizer and shards first, where they are not there yet."""
+
+    inputs: list[str] = field(default_factory=list[str])
+    """Files, folders or globs of text and JSON lines; empty: nothing is prepared, data.train must be there."""
+    exclude: list[str] = field(default_factory=list[str])
+    """Patterns of paths that are left out; * matches / too, and a relative pattern matches at any depth."""
+    json_field: str = "text"
+    """Of JSON lines: the key that holds the text."""
+    out: str = ""
+    """Folder that gets train/ and valid/."""
+    held_out: float = 0.05
+    """Share of the documents, chosen by hash, that goes to valid/ and never to train/."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    train: list[SourceConfig] = field(default_factory=list[SourceConfig])
+    """Shards to train on: a list of {path, weight}."""
+    valid: list[SourceConfig] = field(default_factory=list[SourceConfig])
+    """Held-out shards to evaluate on: a list of {path, weight}."""
+    num_lanes: int = 64
+    """Independent sequences of documents that the data is dealt into; a multiple of every data-parallel size to come.
+    Part of what fixes the order of the data: it does not change within a run."""
+    num_workers: int = 1
+    """Threads that read ahead; 0 reads in the step. The order does not depend on it."""
+    pack: str = _choice("concat", "concat")
+    """concat: documents end to end, cut at the sequence length, attention kept within each document."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Text to tokens and back."""
+
+    path: str = ""
+    """sentencepiece model file."""
+    kind: str = _choice("bpe", "bpe", "unigram")
+    """Algorithm, where data.prepare trains the tokenizer."""
+    vocab_size: int = 4096
+    """Pieces, where data.prepare trains the tokenizer."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and where it starts from."""
+
+    interval: int = 100
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    resume: str = "auto"
+    """auto: from the newest committed checkpoint of the run's folder, if any; never; or a checkpoint's path."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How often the held-out loss is measured."""
+
+    interval: int = 100
+    """Steps between evaluations; the last step is always evaluated. 0: only the last."""
+    num_batches: int = 16
+    """Global batches an evaluation; fewer where the held-out set is smaller."""
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """Experiment tracking."""
+
+    kind: str = _choice("wandb", "wandb", "none")
+    """Where metrics go besides metrics.jsonl."""
+    mode: str = _choice("offline", "offline", "online", "disabled")
+    """offline writes RUN/wandb/; `wandb sync` uploads it later."""
+    project: str = "bigtrain"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team."""
+    log_interval: int = 10
+    """Steps between lines on a console that is no terminal; metrics.jsonl and W&B get every step."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the ranks run. Without +cluster=..., on this machine."""
+
+    kind: str = _choice("local", "local", "slurm")
+    """This machine, or a job of a Slurm cluster."""
+    num_nodes: int = 1
+    """Machines."""
+    procs_per_node: int = 0
+    """Ranks a node. 0: as many as there are GPUs, or 4 on a machine without (local only)."""
+    device: str = _choice("auto", "auto", "cpu", "cuda")
+    """auto: GPUs where there are any."""
+    partition: str | None = None
+    """Slurm's partition."""
+    account: str | None = None
+    """Slurm's account."""
+    time: str = "1-00:00:00"
+    """Slurm's time limit, D-HH:MM:SS."""
+    requeue: bool = True
+    """Slurm: queue the job again at the time limit, on preemption and on node failure; it goes on where it was."""
+    cpus_per_proc: int = 8
+    """Slurm's cpus-per-task."""
+    setup: list[str] = field(default_factory=list[str])
+    """Shell lines before the ranks start: modules, environments."""
+    sbatch: dict[str, str] = field(default_factory=dict[str, str])
+    """Any other sbatch option, by its long name."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole of a run. config.yaml in the run's folder is this, resolved."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    dry_run: bool = False
+    """Print the layout and the derived numbers, and start nothing."""

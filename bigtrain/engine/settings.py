@@ -1,0 +1,41 @@
+"""DeepSpeed's configuration from ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigtrain.config.schema import Config
+
+KEEP = 10**15
+"""Elements: more than any model has, so that nothing is released for its distance or its size."""
+
+
+def deepspeed_config(config: Config, *, keep_gathered: bool) -> dict[str, Any]:
+    """The schedule owns the microbatches, so for DeepSpeed every step() ends one accumulation (its "unmanaged"
+    mode). Gradients are accumulated and reduced in fp32 whatever the weights are.
+
+    `keep_gathered`: ZeRO-3 keeps a gathered parameter until the step ends."""
+    zero: dict[str, Any] = {
+        "stage": max(config.parallel.zero_stage, 1),  # stage 0 is stage 1 over a group of one: see mpu.py
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "memory_efficient_linear": False,
+    }
+    if config.parallel.zero_stage == 3:
+        zero["round_robin_gradients"] = False
+        if keep_gathered:
+            zero |= {"stage3_max_live_parameters": KEEP, "stage3_max_reuse_distance": KEEP}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.train.grad_clip,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": KEEP,
+    }
+    if config.precision.dtype == "bf16":
+        settings["bf16"] = {"enabled": True}
+    return settings

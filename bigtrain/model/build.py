@@ -1,0 +1,178 @@
+"""The decoder: Megatron-core's GPTModel with our attention, norms and loss, built from a `ModelConfig`.
+
+Parameters come out uninitialised; `bigtrain.model.initial` fills them by name. Tensor parallelism is Megatron's:
+`shards_of` says for every parameter which part of which global tensor this rank holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from bigtrain.config.schema import Config, ModelConfig
+from bigtrain.distributed.sharding import Shard
+from bigtrain.distributed.start import Runtime
+from bigtrain.model.attention import DocumentAttention
+from bigtrain.model.norms import LayerNorm, RMSNorm
+from bigtrain.topology import Topology
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Decoder(GPTModel):
+    """GPTModel whose loss over an unsplit vocabulary is one kernel instead of Megatron's dozen."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats, fp32 [B, S], of `labels` [B, S] under `logits` [S, B, V / tensor]."""
+        if self.pg_collection.tp.size() > 1:
+            return super().compute_language_model_loss(labels, logits)
+        labels_SB = labels.transpose(0, 1)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels_SB.flatten(), reduction="none")
+        return losses.view(labels_SB.shape).transpose(0, 1)
+
+
+def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
+    """Megatron's config for ours. `train.recompute` maps to its granularities; the loss is a sum over tokens."""
+    model, parallel = config.model, config.parallel
+    on_gpu = device.type == "cuda"
+    swiglu = model.activation == "swiglu"
+    dtype = DTYPES[config.precision.dtype]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.hidden_size // model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=swiglu,
+        activation_func=F.silu if swiglu else partial(F.gelu, approximate="tanh"),
+        add_bias_linear=model.bias,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        # at pipeline size 2 batched p2p swaps the messages of both neighbours, who are one peer
+        batch_p2p_comm=False,
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        bias_activation_fusion=on_gpu and swiglu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        calculate_per_token_loss=True,
+        **_RECOMPUTE[config.train.recompute],
+    )
+
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def layer_spec(model: ModelConfig) -> ModuleSpec:
+    """Pre-norm attention and feed-forward; every layer is alike."""
+    norm = _norm(model)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=DocumentAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _norm(model: ModelConfig) -> type[torch.nn.Module]:
+    return RMSNorm if model.norm == "rmsnorm" else LayerNorm
+
+
+def build(config: Config, runtime: Runtime) -> Decoder:
+    """This pipeline stage's part of the model on `runtime.device`, parameters uninitialised."""
+    model, topology = config.model, runtime.topology
+    megatron = transformer_config(config, runtime.device)
+    num_layers = get_num_layers_to_build(megatron, pp_rank=topology.stage)
+    return Decoder(
+        megatron,
+        TransformerBlockSubmodules(layer_specs=[layer_spec(model)] * num_layers, layer_norm=_norm(model)),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_positions,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope" if model.position == "rope" else "learned_absolute",
+        rotary_base=model.rope_theta,  # type: ignore[arg-type]
+        pg_collection=runtime.groups,
+    )
+
+
+def shards_of(stage: Decoder, topology: Topology) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
+    """Every parameter of the stage with its place in the whole model, in registration order.
+
+    Under ZeRO-3 a parameter may be empty at the moment; its shape is then the one that DeepSpeed remembers."""
+    for path, module in stage.named_modules():
+        for field, parameter in module.named_parameters(recurse=False):
+            name = _global_name(stage, f"{path}.{field}")
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            dim = _split_dimension(module, field)
+            parts = 2 if dim == 0 and name.rsplit(".", 2)[-2] == "linear_fc1" and stage.config.gated_linear_unit else 1
+            yield (
+                Shard.of(name, shape, dim=dim, rank=topology.tensor_rank, size=topology.tensor, parts=parts),
+                parameter,
+            )
+
+
+def _split_dimension(module: torch.nn.Module, field: str) -> int | None:
+    """Which dimension Megatron splits over the tensor ranks."""
+    if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+        return 0
+    return 1 if isinstance(module, RowParallelLinear) and field == "weight" else None
+
+
+def _global_name(stage: Decoder, name: str) -> str:
+    """Layers are numbered within the stage in Megatron's module names; Megatron's `layer_number` counts from 1
+    through the whole model."""
+    if not name.startswith("decoder.layers."):
+        return name
+    _, _, index, rest = name.split(".", 3)
+    return f"decoder.layers.{stage.decoder.layers[int(index)].layer_number - 1}.{rest}"

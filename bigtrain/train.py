@@ -1,0 +1,37 @@
+"""One rank of a training run: ``python -m bigtrain.train RUN_DIR``, started once a rank by a launcher, torchrun or srun.
+
+It reads RUN_DIR/config.yaml and nothing else; RANK, WORLD_SIZE and LOCAL_RANK say which rank it is.
+To start a run: ``python -m bigtrain.launch --help``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from bigtrain.config.errors import UserError
+from bigtrain.config.frozen import load
+from bigtrain.telemetry.console import Console
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip() if __doc__ else "", file=sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load(arguments[0])
+        console = Console(enabled=is_main, log_interval=config.tracker.log_interval)
+        with console.phase("importing torch, DeepSpeed and Megatron"):
+            from bigtrain.trainer.run import run
+        run(config, Path(arguments[0]), console)
+    except UserError as error:
+        if is_main:  # the other ranks have the same to say, or nothing that helps
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

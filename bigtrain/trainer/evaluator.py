@@ -1,0 +1,58 @@
+"""The loss on held-out text, the same for every layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bigtrain.data.loader import Microbatch
+from bigtrain.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of the predicted tokens of the held-out batches."""
+
+    nats: float
+    """Sum of their cross-entropy."""
+    tokens: int
+    text_bytes: int
+    """Bytes of text that these tokens stand for."""
+
+    def as_record(self) -> dict[str, float]:
+        loss = self.nats / max(self.tokens, 1)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": self.nats / math.log(2) / max(self.text_bytes, 1),
+        }
+
+
+class Evaluator:
+    """Runs the same held-out batches each time it is asked.
+
+    `batches`: makes them anew, this data rank's share. `bytes_of_tokens`: bytes of text that each token id stands for."""
+
+    def __init__(self, batches: Callable[[], Iterable[Sequence[Microbatch]]], bytes_of_tokens: np.ndarray) -> None:
+        self._batches = batches
+        self._bytes_of_tokens = torch.from_numpy(bytes_of_tokens.astype(np.int64))
+
+    def evaluate(self, engine: Engine) -> Evaluation:
+        """Collective."""
+        runtime = engine.runtime
+        nats, tokens, text_bytes = 0.0, 0, 0
+        for microbatches in self._batches():
+            loss = engine.evaluate(microbatches)
+            nats += loss.nats.item()
+            tokens += int(loss.tokens.item())
+            text_bytes += sum(
+                int(self._bytes_of_tokens[m.targets_BS[m.loss_mask_BS]].sum()) for m in microbatches
+            )
+        total = runtime.all_reduce(
+            torch.tensor(text_bytes, dtype=torch.int64, device=runtime.device), group=runtime.groups.dp
+        )
+        return Evaluation(nats, tokens, int(total.item()))

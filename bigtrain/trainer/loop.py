@@ -1,0 +1,118 @@
+"""The training loop: what happens in a step, in order. Nothing in it knows the layout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from bigtrain.config.derive import num_steps, tokens_per_step
+from bigtrain.config.schema import Config
+from bigtrain.data.loader import StepBatch
+from bigtrain.data.order import Cursor
+from bigtrain.engine.engine import Engine
+from bigtrain.optim.schedule import share_of_peak
+from bigtrain.telemetry.recorder import Recorder
+from bigtrain.trainer.evaluator import Evaluator
+from bigtrain.trainer.saver import Saver
+from bigtrain.trainer.stopping import StopSignal
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: what is done, and where the data goes on."""
+
+    step: int
+    """Optimizer steps done."""
+    cursor: Cursor
+
+    def after(self, batch: StepBatch) -> Position:
+        return replace(self, step=self.step + 1, cursor=batch.cursor)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What turns seconds into the reported speed."""
+
+    flops_per_token: float
+    peak_flops_per_second: float | None
+    """Of all ranks together; None where it is not known."""
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        if self.peak_flops_per_second is None:
+            return None
+        return tokens_per_second * self.flops_per_token / self.peak_flops_per_second
+
+
+def fit(
+    config: Config,
+    start: Position,
+    *,
+    engine: Engine,
+    batches: Iterable[StepBatch],
+    evaluator: Evaluator,
+    saver: Saver,
+    recorder: Recorder,
+    throughput: Throughput,
+    stop: StopSignal,
+) -> Position:
+    """Train from `start` to the last step, or to where `stop` is agreed on. Returns where it stopped, saved there."""
+    position, last = start, last_step(config)
+    if position.step >= last:
+        return position
+    for batch, seconds in timed(batches):
+        loss = engine.forward_backward(batch.microbatches)
+        lr = config.optim.lr * share_of_peak(position.step, num_steps(config.train), config.schedule)
+        grad_norm = engine.optimizer_step(lr)
+        position = position.after(batch)
+
+        step_time_s = seconds()
+        tokens_per_second = tokens_per_step(config.train) / step_time_s
+        recorder.train(
+            position.step,
+            tokens=position.step * tokens_per_step(config.train),
+            loss=loss.mean.item(),
+            lr=lr,
+            grad_norm=grad_norm,
+            step_time_s=step_time_s,
+            tokens_per_second=tokens_per_second,
+            mfu=throughput.mfu(tokens_per_second),
+        )
+        stopping = position.step >= last or stop.agreed()
+        if stopping or due(position.step, config.eval.interval):
+            recorder.evaluation(position.step, **evaluator.evaluate(engine).as_record())
+        if stopping or due(position.step, config.checkpoint.interval):
+            seconds_saved = saver.save(engine, position.step, position.cursor)
+            recorder.event("checkpoint", step=position.step, seconds=round(seconds_saved, 3))
+        if stopping:
+            break
+    return position
+
+
+def last_step(config: Config) -> int:
+    """Optimizer steps after which this process is done: the schedule's end, or train.stop_after."""
+    total = num_steps(config.train)
+    return total if config.train.stop_after is None else min(total, config.train.stop_after)
+
+
+def due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+class _Timer:
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.begin
+
+
+def timed(batches: Iterable[StepBatch]) -> Iterator[tuple[StepBatch, _Timer]]:
+    """Each batch with a clock that runs since it was asked for: the wait for data is part of the step."""
+    iterator = iter(batches)
+    while True:
+        timer = _Timer()
+        batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch, timer

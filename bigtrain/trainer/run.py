@@ -1,0 +1,82 @@
+"""Everything of a run meets here: start up, go on from a checkpoint, train, say how it went."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from bigtrain.config.derive import flops_per_token
+from bigtrain.config.schema import Config
+from bigtrain.distributed.start import Runtime, start, stop
+from bigtrain.engine.engine import Engine
+from bigtrain.model.build import DTYPES
+from bigtrain.telemetry.console import Console
+from bigtrain.telemetry.peak import device_peak
+from bigtrain.telemetry.recorder import Recorder
+from bigtrain.telemetry.report import write_report
+from bigtrain.trainer.loop import Position, Throughput, fit, last_step
+from bigtrain.trainer.run_data import RunData
+from bigtrain.trainer.saver import Saver, checkpoint_to_resume
+from bigtrain.trainer.stopping import StopSignal
+from bigtrain.trainer.summary import write_summary
+
+
+def run(config: Config, run_dir: Path, console: Console) -> None:
+    """Train `config` in `run_dir` on this rank, from its newest checkpoint on. Collective; every rank calls it.
+
+    Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
+    begin = time.perf_counter()
+    resume = checkpoint_to_resume(config, run_dir)
+    with console.phase("joining the ranks"):
+        runtime = start(config)
+    stop_signal = StopSignal(runtime)
+    stop_signal.install()
+    with console.phase("opening the data"):
+        data = RunData.open(config, runtime.topology)
+    with console.phase("building the model"):
+        engine = Engine(config, runtime)
+    saver = Saver(config, run_dir)
+    position = Position(0, data.order.start())
+    if resume is not None:
+        with console.phase(f"loading {resume}"):
+            position = Position(*saver.load(engine, resume))
+            data.order.check(position.cursor)
+    console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")
+
+    with Recorder(
+        run_dir,
+        config,
+        num_steps=last_step(config),
+        resume_step=position.step,
+        console=console,
+        is_writer=runtime.is_main,
+    ) as recorder:
+        position = fit(
+            config,
+            position,
+            engine=engine,
+            batches=data.batches(position.cursor),
+            evaluator=data.evaluator(),
+            saver=saver,
+            recorder=recorder,
+            throughput=_throughput(config, runtime),
+            stop=stop_signal,
+        )
+        if stop_signal.received:
+            recorder.event("stop", step=position.step, signal=stop_signal.received)
+    if runtime.is_main:
+        write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=time.perf_counter() - begin)
+        with console.phase("writing report.html"):
+            write_report([run_dir])
+    stop()
+
+
+def _throughput(config: Config, runtime: Runtime) -> Throughput:
+    """Every rank measures its own peak, at the same time, so that ranks which share a processor share its peak."""
+    peak = device_peak(runtime.device, DTYPES[config.precision.dtype], ranks_on_machine=1)
+    total = torch.tensor(peak.flops_per_second, dtype=torch.float64, device=runtime.device)
+    return Throughput(
+        flops_per_token(config.model, config.train.sequence_length), float(runtime.all_reduce(total).item())
+    )

@@ -1,0 +1,71 @@
+"""The data of a run, for one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bigtrain.config.schema import Config
+from bigtrain.data.baseline import unigram_cross_entropy
+from bigtrain.data.loader import StepBatch, batches, evaluation_batches
+from bigtrain.data.order import Cursor, HeldOut, Order, held_out, training_order
+from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.topology import Topology
+from bigtrain.trainer.evaluator import Evaluator
+
+
+@dataclass(frozen=True)
+class RunData:
+    config: Config
+    topology: Topology
+    order: Order
+    held_out: HeldOut
+    tokenizer: Tokenizer
+
+    @staticmethod
+    def open(config: Config, topology: Topology) -> RunData:
+        """Raises UserError for data that are missing, damaged, too few, or of another tokenizer."""
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+        length, evaluation = config.train.sequence_length, config.eval
+        return RunData(
+            config,
+            topology,
+            training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=tokenizer),
+            held_out(
+                config.data,
+                sequence_length=length,
+                max_sequences=evaluation.num_batches * config.train.global_batch_size,
+                tokenizer=tokenizer,
+            ),
+            tokenizer,
+        )
+
+    def batches(self, start: Cursor) -> Iterator[StepBatch]:
+        """This data rank's share of every step from `start` on, without end."""
+        train, data = self.config.train, self.config.data
+        return batches(
+            self.order,
+            data_rank=self.topology.data_rank,
+            data_size=self.topology.data,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            start=start,
+            num_workers=data.num_workers,
+        )
+
+    def evaluator(self) -> Evaluator:
+        train = self.config.train
+        return Evaluator(
+            lambda: evaluation_batches(
+                self.held_out,
+                data_rank=self.topology.data_rank,
+                data_size=self.topology.data,
+                global_batch_size=train.global_batch_size,
+                micro_batch_size=train.micro_batch_size,
+            ),
+            self.tokenizer.bytes_of_tokens(),
+        )
+
+    def unigram_nats(self) -> float:
+        """What a model scores on the evaluation's tokens that knows only how often each occurs in the training data."""
+        return unigram_cross_entropy(self.order.datasets, self.held_out.predicted_tokens())
