@@ -1,6 +1,7 @@
 """The checkpoints/ folder of a run: which checkpoints are there, which count, which go.
 
-``step-00000100/`` counts only with the file COMMITTED in it, written last. It is built as ``.step-00000100.partial/`` and
+``step-00000100/`` holds the tensors, state.json (step, place in the data, config, versions) and the tokenizer, so it can be
+carried elsewhere. It counts only with the file COMMITTED in it, written last. It is built as ``.step-00000100.partial/`` and
 renamed. Nothing here knows tensors or ranks.
 """
 
@@ -17,6 +18,8 @@ from bigtrain.config.errors import UserError
 
 COMMITTED = "COMMITTED"
 STATE = "state.json"
+TOKENIZER = "tokenizer.model"
+FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -63,10 +66,14 @@ def resolve(path: Path) -> Path:
     return found
 
 
-def commit(root: Path, step: int, state: dict[str, Any]) -> Path:
-    """Make the finished partial folder of `step` count: state, rename, COMMITTED, each made durable before the next."""
+def commit(root: Path, step: int, state: dict[str, Any], files: dict[str, bytes] | None = None) -> Path:
+    """Make the finished partial folder of `step` count: state, rename, COMMITTED, each made durable before the next.
+
+    `files`: by name, what else goes into the folder."""
     partial, final = partial_of(root, step), path_of(root, step)
-    _write_durably(partial / STATE, json.dumps(state, indent=1) + "\n")
+    (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
+    for name, content in (files or {}).items():
+        (partial / name).write_bytes(content)
     for file in partial.iterdir():
         _sync(file)
     _sync(partial)
@@ -74,17 +81,20 @@ def commit(root: Path, step: int, state: dict[str, Any]) -> Path:
         shutil.rmtree(final)
     partial.rename(final)
     _sync(root)
-    _write_durably(final / COMMITTED, "")
+    (final / COMMITTED).touch()
+    _sync(final / COMMITTED)
     _sync(final)
     return final
 
 
 def state_of(folder: Path) -> dict[str, Any]:
-    """The JSON beside the tensors. Raises UserError where it is missing or damaged."""
+    """The JSON beside the tensors. Raises UserError where it is missing, damaged or of another format."""
     try:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {folder}: {STATE} cannot be read ({error})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"checkpoint {folder}: {STATE} is of another format; this version reads format {FORMAT}")
     return cast("dict[str, Any]", state)
 
 
@@ -95,11 +105,6 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(old)
     for partial in root.glob(".step-*.partial"):
         shutil.rmtree(partial)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
 
 
 def _sync(path: Path) -> None:

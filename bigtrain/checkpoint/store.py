@@ -22,10 +22,18 @@ from bigtrain.checkpoint.slices import Fragment, state_dict_of
 from bigtrain.config.errors import UserError
 
 
-def save(root: Path, step: int, fragments: Iterable[Fragment], state: dict[str, Any], *, keep: int) -> None:
+def save(
+    root: Path,
+    step: int,
+    fragments: Iterable[Fragment],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    files: dict[str, bytes] | None = None,
+) -> None:
     """Write ``root/step-NNNNNNNN`` and commit it; then delete all but the `keep` newest. Collective.
 
-    `state`: JSON-able, the same on every rank."""
+    `state`: JSON-able; `files`: by name, kept beside it. Both the same on every rank."""
     main = dist.get_rank() == 0
     partial = folders.partial_of(root, step)
     if main:
@@ -35,7 +43,7 @@ def save(root: Path, step: int, fragments: Iterable[Fragment], state: dict[str, 
     writer = dcp.FileSystemWriter(partial, sync_files=True, single_file_per_rank=True)
     dcp.save(state_dict_of(fragments, only_owned=True), storage_writer=writer)
     if main:
-        folders.commit(root, step, state)
+        folders.commit(root, step, state, files)
         folders.prune(root, keep)
     dist.barrier()
 

@@ -80,6 +80,7 @@ def start(config: Config, *, timeout_s: float = 1800.0) -> Runtime:
             rank=rank,
             world_size=world,
             timeout=timedelta(seconds=timeout_s),
+            store=dist.HashStore() if world == 1 else None,  # alone, no port is needed
             device_id=device if device.type == "cuda" else None,
         )
     return Runtime(topology, device, _megatron_groups(config, device))

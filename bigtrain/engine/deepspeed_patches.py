@@ -15,7 +15,12 @@ KNOWN_VERSIONS = ("0.19.8",)
 
 def apply(sharding_group: Any) -> None:
     """Patch DeepSpeed for ranks that run different modules. Applying it again replaces the group."""
+    from deepspeed.comm import torch as comm_torch
     from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    # comm/torch.py:207 compiles a shared-memory all-reduce on a CPU, which only inference uses (:293); it wants a
+    # compiler on every machine and takes all ranks for ranks of one machine.
+    comm_torch.build_shm_op = lambda: None
 
     # zero/utils.py:114 compares over the whole world, so stages with different modules deadlock or fail; ZeRO needs
     # agreement only among the ranks that share parameters.

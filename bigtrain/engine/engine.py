@@ -15,30 +15,26 @@ How the two vendors meet (DeepSpeed 0.19.8, Megatron-core 0.16.1):
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bigtrain.config.schema import Config
 from bigtrain.data.loader import Microbatch
 from bigtrain.distributed.rng import seed_step
 from bigtrain.distributed.start import Runtime
 from bigtrain.engine import deepspeed_patches
+from bigtrain.engine.gather import keep_gathered
 from bigtrain.engine.mpu import Mpu
 from bigtrain.engine.settings import deepspeed_config
+from bigtrain.engine.vendor import import_deepspeed
 from bigtrain.model.attention import boundaries_of
 from bigtrain.model.build import Decoder, build, shards_of
 from bigtrain.model.initial import initialize
 from bigtrain.optim.adamw import build_optimizer
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import deepspeed
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
 
 @dataclass(frozen=True)
@@ -93,10 +89,11 @@ class Engine:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
+        deepspeed = import_deepspeed(runtime.device)
         self.mpu = Mpu(runtime, zero_stage=config.parallel.zero_stage)
         deepspeed_patches.apply(self.mpu.sharding_group)
-        settings = deepspeed_config(config, keep_gathered=_keep_gathered(config))
-        self.decoder = self._build_decoder(settings)
+        settings = deepspeed_config(config, keep_gathered=keep_gathered(config, runtime))
+        self.decoder = self._build_decoder(deepspeed, settings)
         stage = Stage(self.decoder)
         self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=stage,
@@ -109,8 +106,10 @@ class Engine:
         self._handle = _Handle(self.decoder, self._deepspeed)
         self._schedule = get_forward_backward_func()
         self.steps_taken = 0
+        self.grad_norm = 0.0
+        """Of the last step, before clipping."""
 
-    def _build_decoder(self, settings: dict[str, Any]) -> Decoder:
+    def _build_decoder(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
         """Under ZeRO-3 each parameter is cut up as soon as its module is made, and only this rank's piece is filled."""
         config, topology = self.config, self.runtime.topology
         with deepspeed.zero.Init(
@@ -157,7 +156,8 @@ class Engine:
             group["lr"] = lr
         self._deepspeed.step()
         self.steps_taken += 1
-        return float(self._deepspeed.get_global_grad_norm())
+        self.grad_norm = float(self._deepspeed.get_global_grad_norm())
+        return self.grad_norm
 
     def _run(self, microbatches: Sequence[Microbatch], scale: torch.Tensor, *, forward_only: bool) -> torch.Tensor:
         """Sum of the loss in nats over the global batch, on every rank."""
@@ -211,18 +211,19 @@ class Engine:
         gradients = getattr(self.optimizer, "fp32_groups_gradients_flat", None)  # bf16: already flat and fp32
         if gradients is None:
             gradients = [p.grad for p in self.decoder.parameters() if p.grad is not None]
-        group = self.runtime.groups.dp
-        with dist._coalescing_manager(group=group, async_ops=False) if group.name() == "nccl" else _nothing():
-            for gradient in gradients:
-                dist.all_reduce(gradient, group=group)
+        for bucket in _buckets(gradients):
+            flat = self.runtime.all_reduce(torch.cat([g.flatten() for g in bucket]), group=self.runtime.groups.dp)
+            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
 
-def _keep_gathered(config: Config) -> bool:
-    """`parallel.gather`: auto keeps parameters for the step; memory decides in `bigtrain.engine.gather` later."""
-    return config.parallel.gather != "microbatch"
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
+def _buckets(tensors: Sequence[torch.Tensor], elements: int = 1 << 26) -> Iterator[list[torch.Tensor]]:
+    """Neighbours together, up to about `elements`: few collectives, and little memory beside the gradients."""
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(t.numel() for t in bucket) >= elements:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

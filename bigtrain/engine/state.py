@@ -7,7 +7,9 @@ itself, padded to equal pieces: `grad_position` tells where a piece lies in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,24 +24,27 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Where elements [start, start + numel) of a parameter lie: from `offset` on in the flat fp32 tensor `flat`."""
+
+    start: int
+    flat: torch.Tensor
+    offset: int
+    numel: int
+
+
 def fragments(engine: Engine) -> list[Fragment]:
     """What this rank holds of every weight, moments included (made of zeros where no step was taken yet)."""
-    zero_stage = engine.config.parallel.zero_stage
-    _make_moments(engine.optimizer, zero_stage)
-    topology = engine.runtime.topology
-    copies_elsewhere = topology.data_rank > 0 and zero_stage == 0
-    found: list[Fragment] = []
-    for shard, parameter in shards_of(engine.decoder, topology):
-        owned = not copies_elsewhere and (shard.dim is not None or topology.tensor_rank == 0)
-        pieces = _piece_of_stage3 if zero_stage == 3 else _piece_of_stages_1_and_2
-        found.extend(Fragment(shard, start, tensors, owned) for start, tensors in pieces(engine, shard, parameter))
-    return found
+    _make_moments(engine)
+    state = _base(engine).state
+    return _fragments(engine, lambda flat: {"weight": flat.detach(), **{key: state[flat][key] for key in MOMENTS}})
 
 
 def after_load(engine: Engine, adam_step: int) -> None:
     """Spread loaded fp32 weights to the weights that the forward uses, and set Adam's step count. Collective."""
     optimizer = engine.optimizer
-    for state in _base(optimizer).state.values():
+    for state in _base(engine).state.values():
         state["step"].fill_(float(adam_step))
     if engine.config.parallel.zero_stage < 3:
         optimizer.update_lp_params()
@@ -47,53 +52,84 @@ def after_load(engine: Engine, adam_step: int) -> None:
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
     persistent = optimizer.persistent_parameters
-    if persistent:
+    if persistent:  # small weights stay gathered, so they are cut up and gathered anew
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
 
 
-def _base(optimizer: Any) -> torch.optim.Optimizer:
+@contextmanager
+def gradients_of_next_step(engine: Engine) -> Iterator[list[Fragment]]:
+    """Fills the list, during the optimizer step that the block takes, with copies of the gradients before clipping
+    (kind "grad"): reduced over the data ranks, fp32."""
+    found: dict[torch.Tensor, torch.Tensor] = {}
+
+    def keep(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        for group in optimizer.param_groups:
+            found.update({flat: flat.grad.detach().clone() for flat in group["params"] if flat.grad is not None})
+
+    hook = _base(engine).register_step_pre_hook(keep)
+    result: list[Fragment] = []
+    try:
+        yield result
+    finally:
+        hook.remove()
+    clip = engine.config.train.grad_clip
+    clipped_by = max(1.0, (engine.grad_norm + 1e-6) / clip) if clip > 0 else 1.0
+    result.extend(_fragments(engine, lambda flat: {"grad": found[flat] * clipped_by}))
+
+
+def _fragments(engine: Engine, tensors_of: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> list[Fragment]:
+    """A fragment a run of elements; `tensors_of`: the tensors that lie like a flat group."""
+    topology, zero_stage = engine.runtime.topology, engine.config.parallel.zero_stage
+    runs_of = _runs_of_stage3 if zero_stage == 3 else _runs_of_stages_1_and_2
+    copy_elsewhere = zero_stage == 0 and topology.data_rank > 0
+    by_flat = {flat: tensors_of(flat) for flat in _flat_groups(engine)}
+    return [
+        Fragment(
+            shard,
+            run.start,
+            {kind: whole.narrow(0, run.offset, run.numel) for kind, whole in by_flat[run.flat].items()},
+            owned=not copy_elsewhere and (shard.dim is not None or topology.tensor_rank == 0),
+        )
+        for shard, parameter in shards_of(engine.decoder, topology)
+        for run in runs_of(engine, shard, parameter)
+    ]
+
+
+def _base(engine: Engine) -> torch.optim.Optimizer:
     """torch's optimizer inside DeepSpeed's."""
-    return optimizer.optimizer
+    return engine.optimizer.optimizer
 
 
-def _flat_weights(optimizer: Any, zero_stage: int) -> list[torch.Tensor]:
-    """One flat fp32 tensor a parameter group (stage 3: a sub-group): what torch's optimizer steps."""
-    if zero_stage == 3:
-        return optimizer.fp32_partitioned_groups_flat
-    return [group["params"][0] for group in _base(optimizer).param_groups]
+def _flat_groups(engine: Engine) -> list[torch.Tensor]:
+    """What torch's optimizer steps: a flat fp32 tensor a parameter group (stage 3: a sub-group)."""
+    if engine.config.parallel.zero_stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [group["params"][0] for group in _base(engine).param_groups]
 
 
-def _make_moments(optimizer: Any, zero_stage: int) -> None:
+def _make_moments(engine: Engine) -> None:
     """torch makes Adam's state in the first step; a resumed run needs it before."""
-    for flat in _flat_weights(optimizer, zero_stage):
-        state = _base(optimizer).state[flat]
+    for flat in _flat_groups(engine):
+        state = _base(engine).state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             for key in MOMENTS:
                 state[key] = torch.zeros_like(flat, requires_grad=False)
 
 
-def _tensors(optimizer: Any, flat: torch.Tensor, offset: int, numel: int) -> dict[str, torch.Tensor]:
-    state = _base(optimizer).state[flat]
-    whole = {"weight": flat.detach(), **{key: state[key] for key in MOMENTS}}
-    return {kind: tensor.narrow(0, offset, numel) for kind, tensor in whole.items()}
-
-
-def _piece_of_stages_1_and_2(
-    engine: Engine, shard: Shard, parameter: Any
-) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+def _runs_of_stages_1_and_2(engine: Engine, shard: Shard, parameter: Any) -> Iterator[_Run]:
     mapping = parameter._hp_mapping
     if mapping is None:
         return  # all of it lies with other data ranks
-    flat = _flat_weights(engine.optimizer, 1)[mapping.param_group_index]
-    address = mapping.hp_fragment_address
-    yield mapping.lp_fragment_address.start, _tensors(engine.optimizer, flat, address.start, address.numel)
+    where = mapping.hp_fragment_address
+    flat = _flat_groups(engine)[mapping.param_group_index]
+    yield _Run(mapping.lp_fragment_address.start, flat, where.start, where.numel)
 
 
-def _piece_of_stage3(engine: Engine, shard: Shard, parameter: Any) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+def _runs_of_stage3(engine: Engine, shard: Shard, parameter: Any) -> Iterator[_Run]:
     optimizer = engine.optimizer
     group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = min(engine.mpu.get_data_parallel_rank() * padded, shard.numel)
-    numel = min(padded, shard.numel - start)
-    yield start, _tensors(optimizer, optimizer.fp32_partitioned_groups_flat[group], offset, numel)
+    flat = optimizer.fp32_partitioned_groups_flat[group]
+    yield _Run(start, flat, offset, min(padded, shard.numel - start))

@@ -6,39 +6,38 @@ import dataclasses
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import bigtrain
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import store
-from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.data.order import Cursor
 from bigtrain.engine import state as engine_state
 from bigtrain.engine.engine import Engine
 
-FORMAT = 1
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 
 
 class Saver:
     """Saves to RUN/checkpoints and loads from there."""
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
-        self._config = config
+    def __init__(self, config: Config, run_dir: Path, tokenizer: bytes) -> None:
+        """`tokenizer`: the model file, kept in every checkpoint."""
+        self._config, self._files = config, {folders.TOKENIZER: tokenizer}
         self.root = run_dir / "checkpoints"
 
     def save(self, engine: Engine, step: int, cursor: Cursor) -> float:
         """Write the checkpoint of `step`, durable on return; returns the seconds that it took. Collective."""
         begin = time.perf_counter()
         state = {
-            "format": FORMAT,
+            "format": folders.FORMAT,
             "step": step,
             "cursor": cursor.to_dict(),
-            "model": dataclasses.asdict(self._config.model),
+            "config": dataclasses.asdict(self._config),
             "versions": {"bigtrain": bigtrain.__version__, **{name: version(name) for name in PACKAGES}},
         }
-        store.save(self.root, step, engine_state.fragments(engine), state, keep=self._config.checkpoint.keep)
+        fragments = engine_state.fragments(engine)
+        store.save(self.root, step, fragments, state, keep=self._config.checkpoint.keep, files=self._files)
         return time.perf_counter() - begin
 
     def load(self, engine: Engine, folder: Path) -> tuple[int, Cursor]:
@@ -56,13 +55,7 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
     resume = config.checkpoint.resume
     if resume == "never":
         return None
-    if resume == "auto":
-        return folders.newest(run_dir / "checkpoints")
-    folder = folders.resolve(Path(resume))
-    check_format(folder, folders.state_of(folder))
+    folder = folders.newest(run_dir / "checkpoints") if resume == "auto" else folders.resolve(Path(resume))
+    if folder is not None:
+        folders.state_of(folder)  # raises where it is of another format
     return folder
-
-
-def check_format(folder: Path, state: dict[str, Any]) -> None:
-    if state.get("format") != FORMAT:
-        raise UserError(f"checkpoint {folder}: format {state.get('format')!r}; this version reads format {FORMAT}")

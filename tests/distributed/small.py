@@ -1,0 +1,143 @@
+"""A model, a config and batches that are small enough for eight ranks on two cores, and the run of them on a rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bigtrain.config.schema import (
+    ClusterConfig,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from bigtrain.data.loader import Microbatch
+
+LLAMA = ModelConfig(
+    num_layers=2, hidden_size=64, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=160, vocab_size=256
+)
+GPT2 = replace(
+    LLAMA,
+    num_query_groups=8,
+    position="learned",
+    max_positions=64,
+    norm="layernorm",
+    activation="gelu",
+    bias=True,
+    tie_embeddings=True,
+)
+SEQUENCE, GLOBAL_BATCH, MICRO_BATCH = 48, 8, 2
+
+
+def config(model: ModelConfig = LLAMA, *, dtype: str = "fp32", recompute: str = "none", **parallel: Any) -> Config:
+    return Config(
+        model=model,
+        parallel=ParallelConfig(**parallel),
+        precision=PrecisionConfig(dtype=dtype),
+        train=TrainConfig(
+            num_steps=20,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=MICRO_BATCH,
+            sequence_length=SEQUENCE,
+            recompute=recompute,
+        ),
+        optim=OptimConfig(lr=3e-3),
+        schedule=ScheduleConfig(warmup_steps=5),
+        cluster=ClusterConfig(device="cpu"),
+    )
+
+
+def global_batch(step: int, vocab_size: int = LLAMA.vocab_size) -> list[Microbatch]:
+    """The same batch for every layout, as microbatches: packed documents of random length, with structure to learn."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    rows = torch.randint(0, vocab_size // 4, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator).cumsum(1) % vocab_size
+    starts = torch.rand(GLOBAL_BATCH, SEQUENCE + 1, generator=generator) < 0.05
+    starts[:, 0] = True
+    starts[0, 1:] = False
+    documents = starts.cumsum(1) - 1
+    place = torch.arange(SEQUENCE + 1).expand_as(rows)
+    positions = place - torch.where(starts, place, 0).cummax(1).values
+    return [
+        Microbatch(
+            tokens_BS=rows[part, :-1],
+            targets_BS=rows[part, 1:],
+            loss_mask_BS=~starts[part, 1:],
+            positions_BS=positions[part, :-1],
+            documents_BS=documents[part, :-1].int(),
+            single_document=False,
+        )
+        for part in (slice(i, i + MICRO_BATCH) for i in range(0, GLOBAL_BATCH, MICRO_BATCH))
+    ]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one rank saw of a run."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    initial: list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]
+    """Pieces of the initial weights: (name, global shape, offsets, values)."""
+    gradients: list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]
+    """Pieces of the first step's gradient, before clipping."""
+
+
+def train(config: Config, num_steps: int) -> Trained:
+    """Run on a rank: `num_steps` steps of the small batches."""
+    from bigtrain.distributed.start import start
+    from bigtrain.engine import state
+    from bigtrain.engine.engine import Engine
+    from bigtrain.optim.schedule import share_of_peak
+
+    runtime = start(config)
+    engine = Engine(config, runtime)
+    initial = pieces(state.fragments(engine), "weight")
+    losses, norms, gradients = [], [], []
+    for step in range(num_steps):
+        lr = config.optim.lr * share_of_peak(step, config.train.num_steps, config.schedule)
+        mine = share_of(global_batch(step), runtime.topology)
+        loss = engine.forward_backward(mine)
+        if step == 0:
+            with state.gradients_of_next_step(engine) as found:
+                norms.append(engine.optimizer_step(lr))
+            gradients = pieces(found, "grad")
+        else:
+            norms.append(engine.optimizer_step(lr))
+        losses.append(loss.mean.item())
+    return Trained(losses, norms, initial, gradients)
+
+
+def share_of(microbatches: list[Microbatch], topology: Any) -> list[Microbatch]:
+    return microbatches[topology.data_rank :: topology.data]
+
+
+def pieces(fragments: Any, kind: str) -> list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]:
+    """The rectangles that this rank owns, copied."""
+    from bigtrain.checkpoint.slices import GlobalTensor
+
+    found = []
+    for fragment in fragments:
+        flat = fragment.tensors[kind]
+        if fragment.owned and flat.numel():
+            whole = GlobalTensor.of(fragment.shard, fragment.start, flat)
+            found += [(fragment.shard.name, whole.shape, at, chunk.clone()) for at, chunk in whole.chunks.items()]
+    return found
+
+
+def assemble(ranks: list[list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """Whole tensors from the pieces of all ranks. Every element must be written exactly once."""
+    wholes: dict[str, torch.Tensor] = {}
+    written: dict[str, torch.Tensor] = {}
+    for name, shape, at, values in (piece for pieces in ranks for piece in pieces):
+        place = tuple(slice(o, o + n) for o, n in zip(at, values.shape, strict=True))
+        wholes.setdefault(name, torch.zeros(shape))[place] = values
+        written.setdefault(name, torch.zeros(shape, dtype=torch.int))[place] += 1
+    for name, count in written.items():
+        assert bool((count == 1).all()), f"{name}: elements written {count.min()} to {count.max()} times"
+    return wholes
