@@ -1,4 +1,4 @@
-"""One rank of a training run: ``python -m bigtrain.train RUN_DIR``, started once a rank by a launcher, torchrun or srun.
+"""One rank of a training run: ``python -m bigtrain.train RUN_DIR``, started by a launcher, torchrun or srun.
 
 It reads RUN_DIR/config.yaml and nothing else; RANK, WORLD_SIZE and LOCAL_RANK say which rank it is.
 To start a run: ``python -m bigtrain.launch --help``.
@@ -26,9 +26,8 @@ def main(arguments: list[str]) -> int:
         with console.phase("importing torch, DeepSpeed and Megatron"):
             from bigtrain.trainer.run import run
         run(config, Path(arguments[0]), console)
-    except UserError as error:
-        if is_main:  # the other ranks have the same to say, or nothing that helps
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except UserError as error:  # often on all ranks alike; the launcher shows it once
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

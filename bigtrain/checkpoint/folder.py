@@ -1,8 +1,8 @@
 """The checkpoints/ folder of a run: which checkpoints are there, which count, which go.
 
-``step-00000100/`` holds the tensors, state.json (step, place in the data, config, versions) and the tokenizer, so it can be
-carried elsewhere. It counts only with the file COMMITTED in it, written last. It is built as ``.step-00000100.partial/`` and
-renamed. Nothing here knows tensors or ranks.
+``step-00000100/`` holds the tensors, state.json (step, place in the data, config, versions) and the tokenizer, so it
+can be carried elsewhere. It counts only with the file COMMITTED in it, written last. It is built as
+``.step-00000100.partial/`` and renamed. Nothing here knows tensors or ranks.
 """
 
 from __future__ import annotations
@@ -93,9 +93,10 @@ def state_of(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {folder}: {STATE} cannot be read ({error})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    found = cast("dict[str, Any]", state if isinstance(state, dict) else {})
+    if found.get("format") != FORMAT:
         raise UserError(f"checkpoint {folder}: {STATE} is of another format; this version reads format {FORMAT}")
-    return cast("dict[str, Any]", state)
+    return found
 
 
 def prune(root: Path, keep: int) -> None:

@@ -1,8 +1,11 @@
 """Read torch.distributed.checkpoint files without trusting them.
 
-The format keeps its index (``.metadata``) as a pickle. `SafeReader` unpickles it with a list of the few classes that such
-an index is made of, so a hostile file can name nothing else. Tensors are read with ``weights_only=True`` by torch itself.
+The format keeps its index (``.metadata``) as a pickle. `SafeReader` unpickles it with a list of the few classes that
+such an index is made of, so a hostile file can name nothing else. Tensors are read with ``weights_only=True`` by torch.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportPrivateImportUsage=false
+# (torch.distributed.checkpoint is only partly typed)
 
 from __future__ import annotations
 
@@ -61,5 +64,5 @@ def read_index(folder: Path) -> Metadata:
 
 def tensors_in(folder: Path) -> dict[str, torch.Size]:
     """Names (``kind.weight name``) and global shapes of the tensors of a checkpoint."""
-    index = cast("dict[str, Any]", read_index(folder).state_dict_metadata)  # pyright: ignore[reportUnknownMemberType]
+    index = cast("dict[str, Any]", read_index(folder).state_dict_metadata)
     return {name: meta.size for name, meta in index.items() if isinstance(meta, TensorStorageMetadata)}

@@ -4,6 +4,9 @@ Every rank writes the pieces that it owns and reads the pieces that it needs; no
 those of the whole model, so a checkpoint does not say which layout wrote it.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportPrivateImportUsage=false
+# (torch.distributed.checkpoint is only partly typed)
+
 from __future__ import annotations
 
 import pickle

@@ -7,6 +7,7 @@ holds no generator states.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def seed_step(seed: int, step: int, topology: Topology) -> None:
 
     place = ("step", step, "data", topology.data_rank, "stage", topology.stage)
     torch.manual_seed(derive(seed, *place))  # seeds every device
-    tracker = get_cuda_rng_tracker()
+    tracker: Any = get_cuda_rng_tracker()
     tracker.reset()
     tracker.add(REPLICATED, derive(seed, *place))
     tracker.add(SHARDED, derive(seed, *place, "tensor", topology.tensor_rank))

@@ -1,9 +1,9 @@
 """Where one rank's piece of a weight lies in the whole weight: slice arithmetic, no processes.
 
-A tensor-parallel rank holds a block of a global tensor along one dimension (a SwiGLU projection: two blocks, its part
-of the gate and of the up matrix). ZeRO then holds a run of that local tensor's elements in row-major order. Both together
-are a few rectangles of the global tensor; initial weights and checkpoints are written in those terms, so neither knows
-the layout.
+A tensor-parallel rank holds a block of a global tensor along one dimension (a SwiGLU projection: two blocks, its
+part of the gate and of the up matrix). ZeRO then holds a run of that local tensor's elements in row-major order. Both
+together are a few rectangles of the global tensor; initial weights and checkpoints are written in those terms, so
+neither knows the layout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from math import prod
 
 @dataclass(frozen=True)
 class Block:
-    """`length` entries along the sharded dimension: [local, local + length) here, [start, start + length) in the whole."""
+    """`length` entries along the sharded dimension: from `local` on here, from `start` on in the whole."""
 
     local: int
     start: int
@@ -50,11 +50,11 @@ class Shard:
     blocks: tuple[Block, ...] = ()
 
     @staticmethod
-    def of(
-        name: str, local_shape: tuple[int, ...], *, dim: int | None, rank: int, size: int, parts: int = 1
-    ) -> Shard:
-        """The shard that tensor rank `rank` of `size` holds. `parts`: equal matrices stacked along `dim` and each split
-        over the ranks (2 for a SwiGLU's gate and up)."""
+    def of(name: str, local_shape: tuple[int, ...], *, dim: int | None, rank: int, size: int, parts: int = 1) -> Shard:
+        """The shard that tensor rank `rank` of `size` holds. `parts`: equal matrices stacked along dimension 0 and each
+        split over the ranks (2 for a SwiGLU's gate and up). Raises ValueError for parts along another dimension."""
+        if parts > 1 and dim != 0:
+            raise ValueError(f"{name}: {parts} parts along dimension {dim}; only rows are stacked")
         if dim is None:
             return Shard(name, local_shape)
         length = local_shape[dim] // parts
@@ -102,5 +102,5 @@ class Shard:
         top = row - block.local + block.start
         if len(self.global_shape) == 1:
             return Rectangle((top,), (rows,), flat_start)
-        left = column + (self.blocks[0].start if self.dim == 1 else 0)
+        left = column + sum(block.start for block in self.blocks if self.dim == 1)
         return Rectangle((top, left), (rows, width), flat_start)

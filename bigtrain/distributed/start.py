@@ -63,9 +63,7 @@ def start(config: Config, *, timeout_s: float = 1800.0) -> Runtime:
     rank, world, local_rank = rank_of_environment()
     device = choose_device(config.cluster.device, local_rank)
     try:
-        topology = Topology.of(
-            world=world, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, rank=rank
-        )
+        topology = Topology.of(world=world, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline, rank=rank)
     except ValueError as error:
         raise UserError(f"parallel: {error}. Change parallel.tensor, parallel.pipeline or the ranks.") from error
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"), ("LOCAL_RANK", str(local_rank))):

@@ -20,7 +20,7 @@ def apply(sharding_group: Any) -> None:
 
     # comm/torch.py:207 compiles a shared-memory all-reduce on a CPU, which only inference uses (:293); it wants a
     # compiler on every machine and takes all ranks for ranks of one machine.
-    comm_torch.build_shm_op = lambda: None
+    comm_torch.build_shm_op = lambda: None  # type: ignore[attr-defined]
 
     # zero/utils.py:114 compares over the whole world, so stages with different modules deadlock or fail; ZeRO needs
     # agreement only among the ranks that share parameters.

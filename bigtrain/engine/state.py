@@ -1,8 +1,8 @@
 """The running state of an engine as `Fragment`s: views of DeepSpeed's flat fp32 weights and Adam moments.
 
-Stages 1 and 2 (and so our stage 0) cut each parameter group's concatenation into equal runs, so a rank holds at most one
-run of a parameter: its `_hp_mapping` (deepspeed/utils/tensor_fragment.py) tells which. Stage 3 cuts each parameter by
-itself, padded to equal pieces: `grad_position` tells where a piece lies in the flat group.
+Stages 1 and 2 (and so our stage 0) cut each parameter group's concatenation into equal runs, so a rank holds at most
+one run of a parameter: its `_hp_mapping` (deepspeed/utils/tensor_fragment.py) tells which. Stage 3 cuts each parameter
+by itself, padded to equal pieces: `grad_position` tells where a piece lies in the flat group.
 """
 
 from __future__ import annotations

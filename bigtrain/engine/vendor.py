@@ -14,14 +14,16 @@ from bigtrain.config.errors import UserError
 from bigtrain.distributed import megatron_cpu
 from bigtrain.engine import deepspeed_patches
 
+_KNOWN = {"deepspeed": deepspeed_patches.KNOWN_VERSIONS, "megatron-core": megatron_cpu.KNOWN_VERSIONS}
+
 
 def check_versions() -> None:
     """Raises UserError for a vendor's version that the patches were not made for."""
-    for package, known in (("deepspeed", deepspeed_patches.KNOWN_VERSIONS), ("megatron-core", megatron_cpu.KNOWN_VERSIONS)):
+    for package, known in _KNOWN.items():
         found = version(package)
         if found not in known:
             raise UserError(
-                f"{package} {found} is installed; bigtrain is made for {', '.join(known)}, and works around lines of it. "
+                f"{package} {found} is installed, and bigtrain works around lines of {', '.join(known)}: "
                 f"pip install {package}=={known[-1]}"
             )
 

@@ -1,9 +1,9 @@
 """Causal attention that stays within each document of a packed sequence.
 
 Megatron's local attention builds the whole score matrix and knows no documents; this module takes its place in the
-layer's `ModuleSpec`. Documents come as `boundaries`: where each one starts in the batch flattened to [B * S], and at the
-end B * S (what flash attention calls ``cu_seqlens``). Without them every row is one document. No kernel ever sees two
-documents together, so the tokens of one cannot reach another, not even by rounding.
+layer's `ModuleSpec`. Documents come as `boundaries`: where each one starts in the batch flattened to [B * S], and at
+the end B * S (what flash attention calls ``cu_seqlens``). Without them every row is one document. No kernel ever sees
+two documents together, so the tokens of one cannot reach another, not even by rounding.
 
 S sequence, B batch, N query heads and G key/value heads of this rank, D head width.
 """
@@ -11,6 +11,7 @@ S sequence, B batch, N query heads and G key/value heads of this rank, D head wi
 from __future__ import annotations
 
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class DocumentAttention(torch.nn.Module):
         """[S, B, N * D]. `boundaries` arrives through Megatron's ``attention_mask`` argument."""
         dropout = self.dropout if self.training else 0.0
         if dropout > 0.0:
-            with get_cuda_rng_tracker().fork():  # heads are sharded, so tensor peers draw apart
+            with get_cuda_rng_tracker().fork():  # type: ignore[union-attr]  # heads are sharded, so tensor peers draw apart
                 context = self._attend(query_SBND, key_SBGD, value_SBGD, boundaries, dropout)
         else:
             context = self._attend(query_SBND, key_SBGD, value_SBGD, boundaries, 0.0)
@@ -77,23 +78,25 @@ class DocumentAttention(torch.nn.Module):
         dropout: float,
     ) -> torch.Tensor:
         if boundaries is None:
-            return self._causal(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), dropout).permute(2, 0, 1, 3)
+            rows = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+            return self._causal(rows, dropout).permute(2, 0, 1, 3)
         length, batch = query.shape[:2]
         flat = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]  # [B * S, heads, D]
         if query.is_cuda:
-            context = self._cuda_documents(*flat, boundaries, length, dropout)
+            context = self._cuda_documents(flat, boundaries, length, dropout)
         else:
             cuts = boundaries.tolist()
             context = torch.cat(
                 [
-                    self._causal(*(x[start:end].transpose(0, 1)[None] for x in flat), dropout)[0].transpose(0, 1)
-                    for start, end in zip(cuts[:-1], cuts[1:], strict=True)
+                    self._causal([x[start:end].transpose(0, 1)[None] for x in flat], dropout)[0].transpose(0, 1)
+                    for start, end in pairwise(cuts)
                 ]
             )
         return context.unflatten(0, (batch, length)).transpose(0, 1)
 
-    def _causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-        """[B, heads, S, D], one document a row."""
+    def _causal(self, query_key_value: list[torch.Tensor], dropout: float) -> torch.Tensor:
+        """Each [B, heads, S, D], one document a row."""
+        query, key, value = query_key_value
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -105,17 +108,12 @@ class DocumentAttention(torch.nn.Module):
         )
 
     def _cuda_documents(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        boundaries: torch.Tensor,
-        longest: int,
-        dropout: float,
+        self, query_key_value: list[torch.Tensor], boundaries: torch.Tensor, longest: int, dropout: float
     ) -> torch.Tensor:
-        """[B * S, heads, D]. `longest`: the sequence length, an upper bound that needs no wait for the device.
+        """Each [B * S, heads, D]. `longest`: the sequence length, an upper bound that needs no wait for the device.
 
         Not yet run on a GPU."""
+        query, key, value = query_key_value
         if self.engine is not None:
             context = self.engine(
                 query, key, value, cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries,
@@ -123,38 +121,33 @@ class DocumentAttention(torch.nn.Module):
             )  # fmt: skip
             return context.view(query.shape)
         if dropout > 0.0 or query.dtype not in (torch.bfloat16, torch.float16):
-            return self._jagged(query, key, value, boundaries, longest, dropout)
+            return self._jagged(query_key_value, boundaries, longest, dropout)
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(
+        return varlen_attn(  # type: ignore[return-value]  # a tensor, as no auxiliary output is asked for
             query, key, value, boundaries, boundaries, longest, longest,
             scale=self.scale, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
 
     def _jagged(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        boundaries: torch.Tensor,
-        longest: int,
-        dropout: float,
+        self, query_key_value: list[torch.Tensor], boundaries: torch.Tensor, longest: int, dropout: float
     ) -> torch.Tensor:
         """The same through nested tensors: fp32 and dropout, which the variable-length kernel has not."""
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+        heads = query_key_value[0].shape[1]
         nested = [
-            torch.nested.nested_tensor_from_jagged(x, boundaries.long(), max_seqlen=longest, min_seqlen=1).transpose(1, 2)
-            for x in (query, key, value)
+            torch.nested.nested_tensor_from_jagged(
+                x.repeat_interleave(heads // x.shape[1], dim=1), boundaries.long(), max_seqlen=longest, min_seqlen=1
+            ).transpose(1, 2)
+            for x in query_key_value
         ]
-        return self._causal(*nested, dropout).transpose(1, 2).values()
+        return self._causal(nested, dropout).transpose(1, 2).values()
 
 
 def _transformer_engine(config: TransformerConfig, layer_number: int, groups: Any) -> Any | None:
     """Transformer Engine's attention for packed documents, or None where it is not installed. Not yet run on a GPU."""
     if not torch.cuda.is_available() or find_spec("transformer_engine") is None:
         return None
-    from transformer_engine.pytorch import DotProductAttention
+    from transformer_engine.pytorch import DotProductAttention  # type: ignore[import-not-found]
 
     return DotProductAttention(
         config.num_attention_heads,

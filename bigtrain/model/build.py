@@ -115,10 +115,10 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # type: ignore[arg-type]  # a function is what it calls
             pre_mlp_layernorm=norm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
         ),
     )
 
@@ -132,9 +132,13 @@ def build(config: Config, runtime: Runtime) -> Decoder:
     model, topology = config.model, runtime.topology
     megatron = transformer_config(config, runtime.device)
     num_layers = get_num_layers_to_build(megatron, pp_rank=topology.stage)
+    layers = TransformerBlockSubmodules(
+        layer_specs=[layer_spec(model)] * num_layers,
+        layer_norm=_norm(model),  # type: ignore[arg-type]
+    )
     return Decoder(
         megatron,
-        TransformerBlockSubmodules(layer_specs=[layer_spec(model)] * num_layers, layer_norm=_norm(model)),
+        layers,  # type: ignore[arg-type]  # it takes a block's submodules as well
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_positions,
         pre_process=topology.is_first_stage,
@@ -175,4 +179,5 @@ def _global_name(stage: Decoder, name: str) -> str:
     if not name.startswith("decoder.layers."):
         return name
     _, _, index, rest = name.split(".", 3)
-    return f"decoder.layers.{stage.decoder.layers[int(index)].layer_number - 1}.{rest}"
+    layer: Any = stage.decoder.layers[int(index)]
+    return f"decoder.layers.{layer.layer_number - 1}.{rest}"

@@ -14,9 +14,7 @@ def decays(name: str) -> bool:
     return not (name.endswith(".bias") or name.endswith("norm.weight"))
 
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
-) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
     """torch's AdamW, one fused kernel a flat partition. `parameters`: (name, parameter) of this rank's stage."""
     named = list(parameters)
     groups = [

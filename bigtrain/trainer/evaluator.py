@@ -35,7 +35,7 @@ class Evaluation:
 class Evaluator:
     """Runs the same held-out batches each time it is asked.
 
-    `batches`: makes them anew, this data rank's share. `bytes_of_tokens`: bytes of text that each token id stands for."""
+    `batches` makes them anew, this data rank's share; `bytes_of_tokens`: bytes of text that each id stands for."""
 
     def __init__(self, batches: Callable[[], Iterable[Sequence[Microbatch]]], bytes_of_tokens: np.ndarray) -> None:
         self._batches = batches
@@ -49,9 +49,7 @@ class Evaluator:
             loss = engine.evaluate(microbatches)
             nats += loss.nats.item()
             tokens += int(loss.tokens.item())
-            text_bytes += sum(
-                int(self._bytes_of_tokens[m.targets_BS[m.loss_mask_BS]].sum()) for m in microbatches
-            )
+            text_bytes += sum(int(self._bytes_of_tokens[m.targets_BS[m.loss_mask_BS]].sum()) for m in microbatches)
         total = runtime.all_reduce(
             torch.tensor(text_bytes, dtype=torch.int64, device=runtime.device), group=runtime.groups.dp
         )

@@ -50,7 +50,7 @@ def fit(
     *,
     engine: Engine,
     batches: Iterable[StepBatch],
-    evaluator: Evaluator,
+    evaluator: Evaluator | None,
     saver: Saver,
     recorder: Recorder,
     throughput: Throughput,
@@ -79,7 +79,7 @@ def fit(
             mfu=throughput.mfu(tokens_per_second),
         )
         stopping = position.step >= last or stop.agreed()
-        if stopping or due(position.step, config.eval.interval):
+        if evaluator is not None and (stopping or due(position.step, config.eval.interval)):
             recorder.evaluation(position.step, **evaluator.evaluate(engine).as_record())
         if stopping or due(position.step, config.checkpoint.interval):
             seconds_saved = saver.save(engine, position.step, position.cursor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             position = Position(*saver.load(engine, resume))
             data.order.check(position.cursor)
     console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")
+    throughput = _throughput(config, runtime, console)
 
     with Recorder(
         run_dir,
@@ -61,7 +63,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             evaluator=data.evaluator(),
             saver=saver,
             recorder=recorder,
-            throughput=_throughput(config, runtime),
+            throughput=throughput,
             stop=stop_signal,
         )
         if stop_signal.received:
@@ -73,10 +75,11 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
     stop()
 
 
-def _throughput(config: Config, runtime: Runtime) -> Throughput:
-    """Every rank measures its own peak, at the same time, so that ranks which share a processor share its peak."""
-    peak = device_peak(runtime.device, DTYPES[config.precision.dtype], ranks_on_machine=1)
+def _throughput(config: Config, runtime: Runtime, console: Console) -> Throughput:
+    """The peak of all ranks together is what model FLOPs are held against."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", str(config.cluster.procs_per_node or 1)))
+    peak = device_peak(runtime.device, DTYPES[config.precision.dtype], ranks_on_machine=ranks_here)
     total = torch.tensor(peak.flops_per_second, dtype=torch.float64, device=runtime.device)
-    return Throughput(
-        flops_per_token(config.model, config.train.sequence_length), float(runtime.all_reduce(total).item())
-    )
+    peak_of_all = float(runtime.all_reduce(total).item())
+    console.note(f"peak of all ranks {peak_of_all / 1e12:,.3f} TFLOP/s ({peak.source})")
+    return Throughput(flops_per_token(config.model, config.train.sequence_length), peak_of_all)

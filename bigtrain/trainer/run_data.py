@@ -19,7 +19,8 @@ class RunData:
     config: Config
     topology: Topology
     order: Order
-    held_out: HeldOut
+    held_out: HeldOut | None
+    """None where data.valid is empty: then nothing is evaluated."""
     tokenizer: Tokenizer
 
     @staticmethod
@@ -27,18 +28,12 @@ class RunData:
         """Raises UserError for data that are missing, damaged, too few, or of another tokenizer."""
         tokenizer = Tokenizer.load(config.tokenizer.path)
         length, evaluation = config.train.sequence_length, config.eval
-        return RunData(
-            config,
-            topology,
-            training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=tokenizer),
-            held_out(
-                config.data,
-                sequence_length=length,
-                max_sequences=evaluation.num_batches * config.train.global_batch_size,
-                tokenizer=tokenizer,
-            ),
-            tokenizer,
-        )
+        order = training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=tokenizer)
+        wanted = evaluation.num_batches * config.train.global_batch_size
+        valid = None
+        if config.data.valid and wanted:
+            valid = held_out(config.data, sequence_length=length, max_sequences=wanted, tokenizer=tokenizer)
+        return RunData(config, topology, order, valid, tokenizer)
 
     def batches(self, start: Cursor) -> Iterator[StepBatch]:
         """This data rank's share of every step from `start` on, without end."""
@@ -53,11 +48,13 @@ class RunData:
             num_workers=data.num_workers,
         )
 
-    def evaluator(self) -> Evaluator:
-        train = self.config.train
+    def evaluator(self) -> Evaluator | None:
+        train, held_out = self.config.train, self.held_out
+        if held_out is None:
+            return None
         return Evaluator(
             lambda: evaluation_batches(
-                self.held_out,
+                held_out,
                 data_rank=self.topology.data_rank,
                 data_size=self.topology.data,
                 global_batch_size=train.global_batch_size,
@@ -66,6 +63,8 @@ class RunData:
             self.tokenizer.bytes_of_tokens(),
         )
 
-    def unigram_nats(self) -> float:
+    def unigram_nats(self) -> float | None:
         """What a model scores on the evaluation's tokens that knows only how often each occurs in the training data."""
+        if self.held_out is None:
+            return None
         return unigram_cross_entropy(self.order.datasets, self.held_out.predicted_tokens())

@@ -9,7 +9,7 @@ from typing import Any
 from bigtrain.telemetry.metrics import METRICS_FILE, read_metrics
 
 
-def write_summary(run_dir: Path, *, unigram_nats: float, wall_s: float) -> None:
+def write_summary(run_dir: Path, *, unigram_nats: float | None, wall_s: float) -> None:
     """The last train and eval records, beside the unigram cross-entropy of the same held-out tokens in nats."""
     records = read_metrics(run_dir / METRICS_FILE)
     train = _last(records, "train")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,9 +15,7 @@ from tests.distributed.harness import PoolFactory
 
 STEPS = 20
 MODELS = {"llama": small.LLAMA, "gpt2": small.GPT2}
-LAYOUTS = [
-    (zero, tensor, data) for zero in (0, 1, 2, 3) for tensor in (1, 2) for data in (1, 2)
-]
+LAYOUTS = [(zero, tensor, data) for zero in (0, 1, 2, 3) for tensor in (1, 2) for data in (1, 2)]
 
 
 _STATES: dict[str, dict[str, torch.Tensor]] = {}
@@ -47,9 +47,10 @@ def _trace(model: ModelConfig, initial: dict[str, torch.Tensor]) -> oracle.Trace
     config = small.config(model)
     hf = oracle.build(model)
     oracle.load(hf, initial, model)
+    steps: Any = [small.global_batch(step) for step in range(STEPS)]
     return oracle.train(
         hf,
-        [small.global_batch(step) for step in range(STEPS)],
+        steps,
         optim=config.optim,
         lr_of_step=lambda step: config.optim.lr * share_of_peak(step, STEPS, config.schedule),
         grad_clip=config.train.grad_clip,

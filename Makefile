@@ -1,0 +1,49 @@
+# `make` alone lists what there is.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install smoke test test-fast lint bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(STAMP)  ## .venv with bigtrain and everything it needs
+
+# The stamp makes it idempotent: it runs again only when the dependencies change.
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is missing or older than Python 3.11; name a newer one: make install PYTHON=python3.11" >&2; exit 2; }
+	@command -v g++ >/dev/null \
+	  || { echo "error: no C++ compiler (g++), which DeepSpeed's operators need; on Debian or Ubuntu: apt-get install g++" >&2; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' \
+	  || { echo "error: no Python.h for $(PYTHON), which DeepSpeed's operators need; on Debian or Ubuntu: apt-get install python3-dev" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv \
+	  || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@echo "installing into .venv; the first time takes minutes"
+	$(BIN)/pip install --quiet --editable '.[dev]' --constraint constraints-cpu.txt
+	@touch $@
+
+smoke: install  ## train a small model on this machine's Python sources: 4 CPU ranks, under 10 minutes
+	$(BIN)/python -m bigtrain.launch +experiment=smoke
+
+test: install  ## the whole test suite
+	$(BIN)/pytest
+
+test-fast: install  ## the quick tests, under 2 minutes
+	$(BIN)/pytest -m "not slow" tests/unit
+
+lint: install  ## ruff, pyright, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+bench: install  ## speed of a training step against plain PyTorch and Transformers
+	$(BIN)/python tools/bench/step.py
+
+clean:  ## remove .venv and caches; runs/ and data/ stay
+	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

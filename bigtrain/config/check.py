@@ -1,0 +1,352 @@
+"""What is wrong with a config. Pure: every problem at once, before anything starts.
+
+First each value alone (choices, ranges), then the rules that tie values together; a rule is asked only when the values
+that it divides by are sound.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bigtrain.config import keys
+from bigtrain.config.derive import num_steps
+from bigtrain.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to fix."""
+
+    key: str
+    value: Any
+    message: str
+    """What is wrong, as the end of a sentence that begins with the key."""
+    fix: str
+    """What to do, as a sentence."""
+
+    def __str__(self) -> str:
+        return f"{self.key}={_shown(self.value)}: {self.message}. {self.fix}."
+
+
+def check(config: Config, world: int) -> list[Problem]:
+    """Every problem of `config` on `world` ranks, none where it is sound. Touches no disk and no device."""
+    problems = [*_choices(config), *_ranges(config)]
+    bad = {problem.key for problem in problems}
+    if world < 1:
+        bad.add("cluster.procs_per_node")
+    for needs, rule in _RULES:
+        if not bad.intersection(needs):
+            problems += rule(config, world)
+    return problems
+
+
+def get(config: Config, path: str) -> Any:
+    """The value at a dotted path of attributes."""
+    return operator.attrgetter(path)(config)
+
+
+def _choices(config: Config) -> Iterator[Problem]:
+    for key in keys.all_keys():
+        value = get(config, key.path)
+        if key.choices and value not in key.choices:
+            near = keys.nearest(value, key.choices, 1)
+            fix = f"Choose {', '.join(key.choices)}" + (f"; nearest: {near[0]}" if near else "")
+            yield Problem(key.path, value, "no such choice", fix)
+
+
+_COMPARE: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    ">=": (operator.ge, "at least"),
+    ">": (operator.gt, "more than"),
+    "<=": (operator.le, "at most"),
+    "<": (operator.lt, "less than"),
+}
+
+_AT_LEAST_ONE = [
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.ffn_hidden_size",
+    "model.vocab_size",
+    "model.max_positions",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "train.num_steps",
+    "train.num_tokens",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "data.num_lanes",
+    "tokenizer.vocab_size",
+    "checkpoint.keep",
+    "eval.num_batches",
+    "tracker.log_interval",
+    "cluster.num_nodes",
+    "cluster.procs_per_node",
+    "cluster.cpus_per_proc",
+]
+_NOT_NEGATIVE = [
+    "run.seed",
+    "train.grad_clip",
+    "optim.beta1",
+    "optim.beta2",
+    "optim.weight_decay",
+    "schedule.warmup_steps",
+    "schedule.min_ratio",
+    "schedule.decay_fraction",
+    "data.num_workers",
+    "checkpoint.interval",
+    "eval.interval",
+    "model.attention_dropout",
+    "model.hidden_dropout",
+    "parallel.zero_stage",
+]
+
+_RANGES: tuple[tuple[str, str, float], ...] = (
+    *((key, ">=", 1) for key in _AT_LEAST_ONE),
+    *((key, ">=", 0) for key in _NOT_NEGATIVE),
+    ("train.sequence_length", ">=", 2),
+    ("parallel.zero_stage", "<=", 3),
+    ("model.rope_theta", ">", 0),
+    ("model.norm_eps", ">", 0),
+    ("model.init_std", ">", 0),
+    ("model.attention_dropout", "<", 1),
+    ("model.hidden_dropout", "<", 1),
+    ("optim.lr", ">", 0),
+    ("optim.eps", ">", 0),
+    ("optim.beta1", "<", 1),
+    ("optim.beta2", "<", 1),
+    ("schedule.min_ratio", "<=", 1),
+    ("schedule.decay_fraction", "<=", 1),
+    ("data.prepare.held_out", ">", 0),
+    ("data.prepare.held_out", "<", 1),
+)
+
+
+def _ranges(config: Config) -> Iterator[Problem]:
+    for key, sign, bound in _RANGES:
+        value = get(config, key)
+        compare, words = _COMPARE[sign]
+        if value is not None and not math.isfinite(value):
+            yield Problem(key, value, "is no finite number", f"Set {key} to a number, {words} {bound:g}")
+        elif value is not None and not compare(value, bound):
+            yield Problem(key, value, f"must be {words} {bound:g}", f"Set it to {words} {bound:g}")
+
+
+def _run(config: Config, world: int) -> Iterator[Problem]:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", config.run.name):
+        yield Problem(
+            "run.name", config.run.name, "is the name of a folder: letters, digits, . _ + -", "Choose another run.name"
+        )
+    if not config.run.dir:
+        yield Problem("run.dir", config.run.dir, "is empty", "Set run.dir=FOLDER, or leave it out for runs/NAME")
+
+
+def _layout(config: Config, world: int) -> Iterator[Problem]:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    for name in ("pipeline", "virtual_pipeline"):
+        size = getattr(config.parallel, name)
+        if size > 1:
+            message = "this version has no pipeline parallelism yet; it comes with the next one"
+            yield Problem(
+                f"parallel.{name}", size, message, f"Set parallel.{name}=1; to shard layers use parallel.tensor"
+            )
+    if world % tensor:
+        cluster = config.cluster
+        ranks = (
+            f"{world} ranks (cluster.num_nodes={cluster.num_nodes} x cluster.procs_per_node={cluster.procs_per_node})"
+        )
+        layout = f"tensor {tensor} x pipeline {pipeline}"
+        divisors = [str(size) for size in range(1, min(world, 64) + 1) if world % size == 0]
+        fix = f"Set parallel.tensor to one of {', '.join(divisors)}, or change cluster.procs_per_node"
+        yield Problem("parallel.tensor", tensor, f"{ranks} do not divide into {layout}", fix)
+    if config.parallel.sequence and tensor == 1:
+        message = "sequence parallelism shards over the tensor group, which has one rank here"
+        yield Problem("parallel.sequence", True, message, "Set parallel.sequence=false, or parallel.tensor=2 or more")
+    if config.parallel.sequence and config.train.sequence_length % tensor:
+        length = config.train.sequence_length
+        message = f"with parallel.sequence it must be a multiple of parallel.tensor={tensor}"
+        yield Problem(
+            "train.sequence_length", length, message, f"Set {_multiples('train.sequence_length', length, tensor)}"
+        )
+
+
+def _model(config: Config, world: int) -> Iterator[Problem]:
+    model, tensor = config.model, config.parallel.tensor
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if model.hidden_size % heads:
+        message = f"must be a multiple of model.num_attention_heads={heads}"
+        yield Problem(
+            "model.hidden_size",
+            model.hidden_size,
+            message,
+            _multiples("Set model.hidden_size", model.hidden_size, heads),
+        )
+    elif model.position == "rope" and model.hidden_size // heads % 2:
+        message = f"{heads} heads make heads of {model.hidden_size // heads}, and rope turns pairs"
+        yield Problem("model.hidden_size", model.hidden_size, message, "Choose heads of an even size")
+    if heads % groups:
+        message = f"must be a multiple of model.num_query_groups={groups}"
+        yield Problem("model.num_attention_heads", heads, message, "Choose a model.num_query_groups that divides it")
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+        value = getattr(model, name)
+        if value % tensor:
+            fix = f"{_multiples(f'Set model.{name}', value, tensor)}, or another parallel.tensor"
+            yield Problem(f"model.{name}", value, f"is not divisible by parallel.tensor={tensor}", fix)
+
+
+def _positions(config: Config, world: int) -> Iterator[Problem]:
+    length, positions = config.train.sequence_length, config.model.max_positions
+    if config.model.position == "learned" and length > positions:
+        message = f"the model has learned positions for {positions} tokens only (model.max_positions)"
+        yield Problem("train.sequence_length", length, message, "Lower it, or raise model.max_positions")
+
+
+def _batch(config: Config, world: int) -> Iterator[Problem]:
+    layout = config.parallel.tensor * config.parallel.pipeline
+    if world % layout:
+        return
+    data, train = world // layout, config.train
+    together = train.micro_batch_size * data
+    if train.global_batch_size % together:
+        message = (
+            f"does not divide into microbatches of train.micro_batch_size={train.micro_batch_size} sequences on "
+            f"{data} data-parallel ranks"
+        )
+        fix = _multiples("Set train.global_batch_size", train.global_batch_size, together)
+        yield Problem("train.global_batch_size", train.global_batch_size, message, fix)
+    if config.data.num_lanes % data:
+        fix = _multiples("Set data.num_lanes", config.data.num_lanes, data)
+        message = f"must be a multiple of the data-parallel size, {data} here"
+        yield Problem("data.num_lanes", config.data.num_lanes, message, fix)
+
+
+def _schedule(config: Config, world: int) -> Iterator[Problem]:
+    warmup, steps = config.schedule.warmup_steps, num_steps(config.train)
+    if warmup > steps:
+        message = f"the warm-up is longer than the training of {steps} steps"
+        yield Problem("schedule.warmup_steps", warmup, message, f"Set schedule.warmup_steps to at most {steps}")
+    elif config.schedule.name == "wsd" and warmup + config.schedule.decay_fraction * steps > steps:
+        message = f"{warmup} steps of warm-up and this share of decay are more than the {steps} steps"
+        yield Problem("schedule.decay_fraction", config.schedule.decay_fraction, message, "Lower one of the two")
+
+
+def _data(config: Config, world: int) -> Iterator[Problem]:
+    data, tokenizer = config.data, config.tokenizer
+    if not data.train:
+        fix = "Choose a preset (data=stdlib) or set data.train=[{path: FOLDER}]"
+        yield Problem("data.train", data.train, "there is nothing to train on", fix)
+    for split, sources in (("train", data.train), ("valid", data.valid)):
+        for index, source in enumerate(sources):
+            if not source.path:
+                yield Problem(f"data.{split}.{index}.path", source.path, "is empty", "Name a folder of shards")
+            if not (math.isfinite(source.weight) and source.weight > 0):
+                key = f"data.{split}.{index}.weight"
+                yield Problem(
+                    key, source.weight, "must be a finite number, more than 0", "Leave out sources of no weight"
+                )
+    if not tokenizer.path:
+        yield Problem("tokenizer.path", tokenizer.path, "is empty", "Choose a preset (tokenizer=bpe) or name a file")
+    if not data.prepare.inputs:
+        return
+    if not data.prepare.out:
+        yield Problem("data.prepare.out", data.prepare.out, "is empty, but data.prepare.inputs is not", "Name a folder")
+    if config.model.vocab_size < tokenizer.vocab_size:
+        message = f"is smaller than tokenizer.vocab_size={tokenizer.vocab_size}"
+        yield Problem(
+            "model.vocab_size", config.model.vocab_size, message, f"Set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+
+
+def _cluster(config: Config, world: int) -> Iterator[Problem]:
+    cluster = config.cluster
+    if cluster.kind == "local" and cluster.num_nodes > 1:
+        message = "this machine is one node"
+        yield Problem("cluster.num_nodes", cluster.num_nodes, message, "Set it to 1, or add +cluster=slurm")
+    if cluster.kind == "slurm" and cluster.device == "auto":
+        message = "the launcher cannot see the nodes of a Slurm cluster"
+        yield Problem("cluster.device", cluster.device, message, "Set cluster.device=cuda or cpu")
+    if time_limit_minutes(cluster.time) is None:
+        yield Problem("cluster.time", cluster.time, "is not a time limit", "Write D-HH:MM:SS, such as 1-00:00:00")
+
+
+def time_limit_minutes(text: str) -> int | None:
+    """Minutes, rounded up, of one of Slurm's forms (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S); None where it is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        return None
+    days, *rest = match.groups()
+    fields = [int(field) for field in rest if field is not None]
+    if days is not None:
+        hours, minutes, seconds = (*fields, 0, 0)[:3]
+    elif len(fields) == 3:
+        hours, minutes, seconds = fields
+    else:
+        hours, (minutes, seconds) = 0, (*fields, 0)[:2]
+    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return -(-total // 60) or None
+
+
+_Rule = Callable[[Config, int], Iterator[Problem]]
+_RULES: tuple[tuple[tuple[str, ...], _Rule], ...] = (
+    ((), _run),
+    (("parallel.tensor", "parallel.pipeline", "cluster.procs_per_node", "cluster.num_nodes"), _layout),
+    (
+        (
+            "model.hidden_size",
+            "model.num_attention_heads",
+            "model.num_query_groups",
+            "model.ffn_hidden_size",
+            "model.vocab_size",
+            "parallel.tensor",
+        ),
+        _model,
+    ),
+    (("train.sequence_length", "model.max_positions"), _positions),
+    (
+        (
+            "parallel.tensor",
+            "parallel.pipeline",
+            "cluster.procs_per_node",
+            "cluster.num_nodes",
+            "train.global_batch_size",
+            "train.micro_batch_size",
+            "data.num_lanes",
+        ),
+        _batch,
+    ),
+    (
+        (
+            "schedule.warmup_steps",
+            "schedule.decay_fraction",
+            "train.num_steps",
+            "train.num_tokens",
+            "train.global_batch_size",
+            "train.sequence_length",
+        ),
+        _schedule,
+    ),
+    ((), _data),
+    ((), _cluster),
+)
+
+
+def _multiples(prefix: str, value: int, step: int) -> str:
+    """`prefix` with the nearest multiples of `step` around `value`."""
+    below, above = value // step * step, (value // step + 1) * step
+    return f"{prefix}={below} or {above}" if below else f"{prefix}={above}"
+
+
+def _shown(value: Any) -> str:
+    return (
+        {None: "null", True: "true", False: "false", "": "''"}.get(value, str(value)) if _plain(value) else str(value)
+    )
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, str))

@@ -1,0 +1,146 @@
+"""From the command line to a Config: Hydra composes the presets of conf/, the schema refuses what it does not know.
+
+Hydra's own messages are for those who know Hydra; every override is looked at first, so that a wrong name gets the
+nearest right one.
+"""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from bigtrain.config import keys
+from bigtrain.config.errors import UserError
+from bigtrain.config.frozen import to_config, writable_schema
+from bigtrain.config.schema import Config
+
+APPENDED_GROUPS = ("cluster", "experiment")
+"""Groups that are not in the defaults list: +cluster=slurm."""
+_FOR_DEVELOPERS = re.compile(r"full_key:|reference_type=|object_type=|\^|See |To append to|3. To sweep")
+"""Lines of an error of Hydra or OmegaConf that tell a user nothing, or the wrong thing."""
+
+
+def conf_dir() -> Path:
+    """The presets: inside the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(
+        f"the presets are missing: neither {package / 'conf'} nor {package.parent / 'conf'} holds config.yaml"
+    )
+
+
+def presets(group: str, extra_dirs: Sequence[Path] = ()) -> dict[str, Path]:
+    """Name and file of each preset of a group, small models first; as in Hydra, ours come before `extra_dirs`'."""
+    folders = [conf_dir(), *extra_dirs]
+    found = {path.stem: path for folder in reversed(folders) for path in (folder / group).glob("*.yaml")}
+    return dict(sorted(found.items(), key=lambda item: _by_size(item[0])))
+
+
+def _by_size(name: str) -> tuple[str, bool, int]:
+    """Sort key: gpt_350m before gpt_1b before gpt_13b."""
+    match = re.fullmatch(r"(.*?)(\d+)([mb])", name)
+    return (match[1], match[3] == "b", int(match[2])) if match else (name, False, 0)
+
+
+def group_names(extra_dirs: Sequence[Path] = ()) -> list[str]:
+    """The groups that have presets, in the schema's order, then the others."""
+    there = {path.name for folder in (conf_dir(), *extra_dirs) for path in folder.iterdir() if any(path.glob("*.yaml"))}
+    ordered = [name for name in keys.groups() if name in there]
+    return ordered + sorted(there.difference(ordered))
+
+
+def register() -> None:
+    """Give Hydra the schema under the name that conf/config.yaml asks for, and ``${stdlib:}``: the folder of the
+    running Python's standard library."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("stdlib", partial(sysconfig.get_path, "stdlib"), replace=True)
+    ConfigStore.instance().store(name="schema", node=writable_schema())
+
+
+def compose(overrides: Sequence[str], extra_dirs: Sequence[Path] = ()) -> Config:
+    """The config of these overrides. Raises UserError that names the key, the value and the nearest right name."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    problems = [problem for override in overrides for problem in _unknown_names(override, extra_dirs)]
+    if problems:
+        raise UserError("\nerror: ".join(problems))
+    register()
+    path = [f"hydra.searchpath=[{','.join('file://' + str(folder.resolve()) for folder in extra_dirs)}]"]
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            node = hydra.compose("config", overrides=[*overrides, *(path if extra_dirs else [])])
+        return to_config(node)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_readable(error)) from error
+
+
+def _unknown_names(override: str, extra_dirs: Sequence[Path]) -> list[str]:
+    """What is wrong with the names in one override: its group, preset or key."""
+    match = re.fullmatch(r"(\+{0,2})([\w./@:-]+)=(.*)", override, re.DOTALL)
+    if match is None:
+        return [f"{override!r} is no setting. Settings are written key=value, such as train.num_steps=1000."]
+    plus, name, value = match.groups()
+    name = name.split("@")[0]
+    if name.startswith(("hydra.", "hydra/")):
+        return []
+    if name in group_names(extra_dirs):
+        return _unknown_preset(plus, name, value.strip("'\""), extra_dirs)
+    key = keys.find(name)
+    if key is None:
+        return [_no_such_key(override, name, extra_dirs)]
+    if key.path != name and isinstance(key.default, list):
+        return [f"{override}: a list is set as a whole, such as {key.path}=[...]; {key.path} is {key.kind}."]
+    if key.path != name and not plus:
+        return [f"{override}: {key.path} has no {name.rsplit('.', 1)[-1]} yet. Write +{override} to add it."]
+    return []
+
+
+def _unknown_preset(plus: str, group: str, value: str, extra_dirs: Sequence[Path]) -> list[str]:
+    there = presets(group, extra_dirs)
+    if value not in there:
+        near = keys.nearest(value, there)
+        nearest = f" Nearest: {', '.join(near)}." if near else ""
+        return [f"{group}={value}: no such preset.{nearest} There are: {', '.join(there)}."]
+    if group in APPENDED_GROUPS and not plus:
+        return [f"{group}={value}: this group is added to the others. Write +{group}={value}."]
+    if group not in APPENDED_GROUPS and plus:
+        return [f"{plus}{group}={value}: this group has a preset already. Write {group}={value}."]
+    return []
+
+
+def _no_such_key(override: str, name: str, extra_dirs: Sequence[Path]) -> str:
+    known = [*keys.by_path(), *group_names(extra_dirs)]
+    near = keys.nearest(name, known)
+    if near:
+        return f"{override}: there is no key {name}. Nearest: {', '.join(near)}."
+    prefix = name.split(".")[0] + "."
+    inside = [key for key in keys.by_path() if key.startswith(prefix)]
+    if inside:
+        return f"{override}: there is no key {name}. {prefix[:-1]} has {', '.join(inside)}."
+    return f"{override}: there is no key {name}. `--keys` lists them all."
+
+
+def _readable(error: Exception) -> str:
+    """Hydra's or OmegaConf's error in one line: what was set, what is wrong, what the key takes."""
+    cause = error.__cause__ or error
+    full_key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
+    key = keys.find(str(full_key)) if full_key else None
+    parts = [str(getattr(error, "override", "")), *_told(error), *(_told(cause) if cause is not error else ())]
+    parts.append(f"{key.path} takes {key.kind}" if key is not None else "")
+    parts = [part for part in dict.fromkeys(parts) if part]
+    return ". ".join([": ".join(parts[:2]), *parts[2:]]) + "."
+
+
+def _told(error: BaseException) -> list[str]:
+    """The lines of an error that are for the user."""
+    lines = [re.sub(r"^Error merging (override )?", "", line.strip().rstrip(".:")) for line in str(error).splitlines()]
+    return [line for line in lines if line and not _FOR_DEVELOPERS.match(line)]

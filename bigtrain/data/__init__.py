@@ -1,0 +1,13 @@
+"""From text to the microbatches of a step. The whole pipeline, in the order in which data flows:
+
+`readers`    files, folders and globs of text and JSON lines -> documents, one function a format
+`tokenizer`  a sentencepiece model that gives back every byte of any UTF-8 text; training one
+`build`      documents -> held-out split, global shuffle, tokens, shards (WebDataset tars with an index)
+`shards`     the format on disk: opening, random access to any document through a memory map, verifying
+`order`      which tokens are in global sequence i: a pure function of (data, seed, lanes, sequence length)
+`loader`     sequences -> the microbatches of one data rank, read ahead by threads; the cursor travels with them
+`baseline`   what a model that knows only word frequencies would score
+`prepare`    what `bigtrain.launch` runs first: make the tokenizer and the shards that a config asks for
+
+Only `loader` needs torch. `build` loads it too, through webdataset, in the moment in which it writes tars.
+"""

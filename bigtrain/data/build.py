@@ -1,0 +1,365 @@
+"""Text -> a folder with train/ and valid/ shard sets.
+
+1. Read the inputs one after the other, cut them into batches of documents, and tokenise the batches in many processes.
+   The tokens go, in the order of the inputs, into a scratch file (the spool): memory holds a row of numbers a document.
+2. Documents whose text hashes below `held_out` are valid/. The hash knows nothing but the text, so copies of a document
+   are on the same side, in this and in every other build.
+3. Each side is shuffled as a whole by `seed`, cut into shards, and the shards are written in parallel.
+4. All of it happens in a folder beside the wanted one, which takes its name at the very end, in one step.
+
+The same inputs, tokenizer and options give the same bytes, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain.config.errors import UserError
+from bigtrain.data import readers, shards
+from bigtrain.data.progress import bar
+from bigtrain.data.readers import Drop, Record
+from bigtrain.data.shards import DOCUMENT_DTYPE, INDEX, TOKENIZER, Index, Shard
+from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.workers import Workers
+
+SHARD_TOKENS = 50_000_000
+_BATCH_BYTES, _BATCH_RECORDS = 1 << 20, 1000
+_SPOOLED_DTYPE = np.dtype(
+    [
+        ("tokens_at", "<u8"),  # offset in the spool, bytes; the metadata follow the tokens
+        ("num_tokens", "<u4"),
+        ("metadata_bytes", "<u4"),
+        ("hash", "<u8"),  # of the text
+        ("held_out", "?"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build from. All of it is kept in index.json."""
+
+    inputs: Sequence[str]
+    """Files, folders or globs."""
+    exclude: Sequence[str] = ()
+    """Patterns of paths to leave out."""
+    field: str = "text"
+    """Of JSON lines: the key that holds the text."""
+    held_out: float = 0.05
+    """Share of the documents that goes to valid/."""
+    seed: int = 0
+    """Of the shuffle."""
+    shard_tokens: int = SHARD_TOKENS
+    """Tokens after which a new shard begins."""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What `build` made: the index of each split, and what was left out."""
+
+    splits: dict[str, Index]
+    dropped: dict[str, int]
+
+    def lines(self) -> list[str]:
+        """What to tell the user."""
+        sizes = [
+            f"{split}/ {index.num_documents:,} documents, {index.num_tokens:,} tokens, {index.text_bytes / 1e6:,.1f} "
+            f"MB of text ({index.text_bytes / index.num_tokens:.2f} bytes a token), {len(index.shards)} shards"
+            for split, index in self.splits.items()
+        ]
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        return [*sizes, f"dropped documents: {reasons or 'none'}"]
+
+
+def build(
+    options: BuildOptions, *, tokenizer: Tokenizer, out: str | os.PathLike[str], num_workers: int, progress: bool = True
+) -> BuildReport:
+    """Build OUT/train and OUT/valid (no valid/ where held_out is 0). `num_workers` 0 tokenises in this process.
+
+    Raises UserError where OUT has something in it already, an input names nothing, or a split gets no document.
+    """
+    target = Path(out)
+    _check(options, target)
+    files = readers.find_files(options.inputs, options.exclude)
+    aside = target.parent / f".{target.name}.building-{uuid.uuid4().hex[:8]}"
+    try:
+        aside.mkdir(parents=True)
+        (aside / TOKENIZER).write_bytes(tokenizer.model)
+        with Workers(num_workers) as workers:
+            spool = _tokenize_all(files, options, tokenizer, aside, workers, progress)
+            report = _write_splits(spool, options, tokenizer, aside, workers, progress)
+        for scratch in (spool.path, aside / TOKENIZER):
+            scratch.unlink()
+        os.replace(aside, target)
+    except BrokenProcessPool as error:
+        raise UserError("a worker process was killed; out of memory? Try fewer workers.") from error
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return report
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document is on the held-out side: a function of its text alone."""
+    return _hash(text.encode()) < share * 2**64
+
+
+def _check(options: BuildOptions, target: Path) -> None:
+    if not 0 <= options.held_out < 1:
+        raise UserError(f"held_out is {options.held_out}: a share of the documents, from 0 to below 1")
+    if options.shard_tokens < 1:
+        raise UserError(f"shard_tokens is {options.shard_tokens}: at least 1")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is already there. Remove it, or choose another folder.")
+
+
+def _hash(encoded: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+
+
+# Documents -> tokens in the spool ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Documents to tokenise, with all that a process needs to do it."""
+
+    records: list[Record]
+    field: str
+    held_out: float
+    tokenizer: str
+    """Path of the model file."""
+    fingerprint: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record.num_bytes for record in self.records)
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    """What became of a batch: the bytes of the spool and a row a document. Offsets are from the batch's beginning."""
+
+    content: bytes
+    documents: np.ndarray
+    dropped: Counter[str]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _Spool:
+    path: Path
+    documents: np.ndarray
+    """_SPOOLED_DTYPE, in the order of the inputs."""
+    dropped: dict[str, int]
+
+
+def _batches(records: Iterable[Record], make: Callable[[list[Record]], _Batch]) -> Iterator[_Batch]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.raw)
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_RECORDS:
+            yield make(batch)
+            batch, size = [], 0
+    if batch:
+        yield make(batch)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
+    """The fingerprint keeps the cache honest where a path is used again."""
+    return Tokenizer.load(path)
+
+
+def _tokenize(batch: _Batch) -> _Tokenized:
+    """Runs in a worker."""
+    tokenizer = _tokenizer(batch.tokenizer, batch.fingerprint)
+    dtype = token_dtype(tokenizer.vocab_size)
+    content = io.BytesIO()
+    rows: list[tuple[int, int, int, int, bool]] = []
+    dropped: Counter[str] = Counter()
+    for record in batch.records:
+        try:
+            text = readers.text_of(record, batch.field)
+        except Drop as reason:
+            dropped[str(reason)] += 1
+            continue
+        encoded = text.encode()
+        tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype)
+        metadata = json.dumps({"source": record.source, "text_bytes": len(encoded)}).encode()
+        held_out = is_held_out(text, batch.held_out)
+        rows.append((content.tell(), len(tokens), len(metadata), _hash(encoded), held_out))
+        content.write(tokens.tobytes())
+        content.write(metadata)
+    return _Tokenized(content.getvalue(), np.array(rows, _SPOOLED_DTYPE), dropped, batch.num_bytes)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """How tokens are stored: two bytes each where the vocabulary fits, else four."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def _tokenize_all(
+    files: Sequence[str], options: BuildOptions, tokenizer: Tokenizer, aside: Path, workers: Workers, progress: bool
+) -> _Spool:
+    def batch(records: list[Record]) -> _Batch:
+        return _Batch(records, options.field, options.held_out, str(aside / TOKENIZER), tokenizer.fingerprint)
+
+    parts: list[np.ndarray] = []
+    dropped: Counter[str] = Counter()
+    path, total = aside / "spool", readers.total_bytes(files)
+    with path.open("wb") as spool, bar("tokenising", total, in_bytes=True, shown=progress) as advance:
+        for part in workers.map(_tokenize, _batches(readers.read_records(files), batch)):
+            part.documents["tokens_at"] += np.uint64(spool.tell())
+            spool.write(part.content)
+            parts.append(part.documents)
+            dropped += part.dropped
+            advance(part.num_bytes)
+    documents = np.concatenate(parts) if parts else np.zeros(0, _SPOOLED_DTYPE)
+    return _Spool(path, documents, dict(sorted(dropped.items())))
+
+
+# The spool -> shards -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ShardPlan:
+    """Which documents go into one tar."""
+
+    spool: Path
+    folder: Path
+    number: int
+    first_document: int
+    documents: np.ndarray
+    dtype: str
+
+
+def _write_splits(
+    spool: _Spool, options: BuildOptions, tokenizer: Tokenizer, out: Path, workers: Workers, progress: bool
+) -> BuildReport:
+    held_out = spool.documents["held_out"]
+    sides = {"train": spool.documents[~held_out]}
+    if options.held_out:
+        sides["valid"] = spool.documents[held_out]
+    plans: list[_ShardPlan] = []
+    for split, documents in sides.items():
+        if not len(documents):
+            raise UserError(
+                f"no document is left for {split}/: {len(spool.documents)} documents, held_out {options.held_out}, "
+                f"dropped {spool.dropped or 'none'}. Give it more text, or another held_out."
+            )
+        (out / split).mkdir()
+        plans += _plan_shards(spool.path, out / split, _shuffled(documents, options.seed), options, tokenizer)
+
+    written: dict[str, list[Shard]] = {split: [] for split in sides}
+    with bar("writing shards", len(spool.documents), shown=progress) as advance:
+        for plan, shard in zip(plans, workers.map(_write_shard, plans), strict=True):
+            written[plan.folder.name].append(shard)
+            advance(shard.num_documents)
+    splits = {split: _finish(out / split, written[split], options, tokenizer, spool.dropped) for split in sides}
+    return BuildReport(splits, spool.dropped)
+
+
+def _shuffled(documents: np.ndarray, seed: int) -> np.ndarray:
+    """In an order that depends on the seed and the number of documents only. Raw draws, because numpy promises to keep
+    those of a bit generator, and not what `permutation` makes of them."""
+    draws = np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(documents))
+    return documents[np.argsort(draws, kind="stable")]
+
+
+def _plan_shards(
+    spool: Path, folder: Path, documents: np.ndarray, options: BuildOptions, tokenizer: Tokenizer
+) -> Iterator[_ShardPlan]:
+    before = np.cumsum(documents["num_tokens"], dtype=np.int64) - documents["num_tokens"]
+    _, firsts = np.unique(before // options.shard_tokens, return_index=True)
+    for number, (first, stop) in enumerate(zip(firsts, [*firsts[1:], len(documents)], strict=True)):
+        dtype = token_dtype(tokenizer.vocab_size)
+        yield _ShardPlan(spool, folder, number, int(first), documents[first:stop], dtype)
+
+
+def _write_shard(plan: _ShardPlan) -> Shard:
+    """Runs in a worker: write one tar and its index, and read the tar back for it."""
+    from webdataset.writer import TarWriter  # imports torch: seconds, and only here
+
+    tar = plan.folder / f"shard-{plan.number:06d}.tar"
+    spool = np.memmap(plan.spool, np.uint8, "r")
+    width = np.dtype(plan.dtype).itemsize
+    with tar.open("wb") as file:
+        # No time, user or host in the tar: the same data give the same bytes.
+        writer = TarWriter(file, user="", group="", mtime=0, encoder=False)
+        for number, row in enumerate(plan.documents, start=plan.first_document):
+            start, size = int(row["tokens_at"]), int(row["num_tokens"]) * width
+            raw = spool[start : start + size + int(row["metadata_bytes"])]
+            npy = io.BytesIO()
+            np.lib.format.write_array(npy, raw[:size].view(plan.dtype), version=(1, 0), allow_pickle=False)
+            key = f"{number:09d}-{int(row['hash']):016x}"
+            writer.write({"__key__": key, "json": raw[size:].tobytes(), "tokens.npy": npy.getvalue()})
+        writer.close()
+    documents = np.array([row for _, row in shards.scan_tar(tar, plan.dtype)], DOCUMENT_DTYPE)
+    documents_file = tar.with_suffix(".idx.npy")
+    np.save(documents_file, documents, allow_pickle=False)
+    for path in (tar, documents_file):
+        _sync(path)
+    return Shard(
+        file=tar.name,
+        documents_file=documents_file.name,
+        num_documents=len(documents),
+        num_tokens=int(documents["num_tokens"].sum(dtype=np.int64)),
+        text_bytes=int(documents["text_bytes"].sum(dtype=np.int64)),
+        size_bytes=tar.stat().st_size,
+        sha256=shards.sha256_of(tar),
+        documents_sha256=shards.sha256_of(documents_file),
+    )
+
+
+def _finish(
+    folder: Path, written: list[Shard], options: BuildOptions, tokenizer: Tokenizer, dropped: dict[str, int]
+) -> Index:
+    """Write tokenizer.model and, last, index.json."""
+    (folder / TOKENIZER).write_bytes(tokenizer.model)
+    made: dict[str, Any] = {"split": folder.name, **dataclasses.asdict(options)}
+    made["inputs"], made["exclude"] = list(options.inputs), list(options.exclude)
+    index = Index(
+        num_documents=sum(shard.num_documents for shard in written),
+        num_tokens=sum(shard.num_tokens for shard in written),
+        text_bytes=sum(shard.text_bytes for shard in written),
+        vocab_size=tokenizer.vocab_size,
+        dtype=token_dtype(tokenizer.vocab_size),
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        tokenizer=tokenizer.fingerprint,
+        made=made,
+        dropped=dropped,
+        shards=tuple(written),
+    )
+    (folder / INDEX).write_text(index.to_json(), encoding="utf-8")
+    for path in (folder / TOKENIZER, folder / INDEX, folder):
+        _sync(path)
+    return index
+
+
+def _sync(path: Path) -> None:
+    """To the disk, so that a crash after the renaming leaves no hole under the final name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

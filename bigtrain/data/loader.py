@@ -1,0 +1,185 @@
+"""Sequences -> the microbatches of one data rank, step by step.
+
+Step k of a run is the global sequences [c + k G, c + (k + 1) G), from the cursor c on, whatever the layout. Data rank r
+of D takes every D-th of them, from the r-th on, and cuts them into microbatches. So the global batch is the same set
+for every D, and as D divides the lanes, a rank reads the same lanes in every step.
+
+Shapes: B sequences a microbatch, S tokens a sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from bigtrain.config.errors import UserError
+from bigtrain.data.order import Cursor, HeldOut, Order, Window
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward pass eats. All are [B, S], on the CPU."""
+
+    tokens_BS: torch.Tensor
+    """int64"""
+    targets_BS: torch.Tensor
+    """int64: the token after each."""
+    loss_mask_BS: torch.Tensor
+    """bool: False where the target is the first token of another document, or padding."""
+    positions_BS: torch.Tensor
+    """int64: 0 at the beginning of each document and of each row, counting on."""
+    documents_BS: torch.Tensor
+    """int32: 0, 1, ... along each row; tokens of the same document have the same number."""
+    single_document: bool
+    """Every row is part of one document: causal attention needs no other mask."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One data rank's share of a global batch."""
+
+    microbatches: tuple[Microbatch, ...]
+    cursor: Cursor
+    """After this batch: what a checkpoint saves once the step is done."""
+    wait_s: float
+    """Seconds that the caller waited for it."""
+
+
+class _Sequences(Protocol):
+    sequence_length: int
+
+    def sequence(self, number: int) -> Window: ...
+
+
+def batches(
+    order: Order,
+    *,
+    data_rank: int,
+    data_size: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    start: Cursor,
+    num_workers: int = 0,
+) -> Iterator[StepBatch]:
+    """The batches of every step from `start` on, without end.
+
+    `num_workers` threads read ahead (0: read when asked); the batches are the same. Close the generator, or drop it, to
+    end the threads. Raises UserError at once for sizes that do not divide, or a cursor of other data.
+    """
+    order.check(start)
+    _check_sizes(data_size, global_batch_size, micro_batch_size)
+    if order.num_lanes % data_size:
+        raise UserError(
+            f"data.num_lanes {order.num_lanes} is not a multiple of the data-parallel size {data_size}. It cannot "
+            "change within a run: choose a layout whose data-parallel size divides it."
+        )
+
+    def read(step: int) -> StepBatch:
+        first = start.num_sequences + step * global_batch_size
+        mine = range(first + data_rank, first + global_batch_size, data_size)
+        cursor = Cursor(first + global_batch_size, start.order)
+        return StepBatch(_microbatches(order, mine, micro_batch_size), cursor, 0.0)
+
+    return _inline(read) if num_workers == 0 else _ahead(read, num_workers)
+
+
+def evaluation_batches(
+    held_out: HeldOut, *, data_rank: int, data_size: int, global_batch_size: int, micro_batch_size: int
+) -> Iterator[tuple[Microbatch, ...]]:
+    """One data rank's share of each global batch of the held-out sequences, once through.
+
+    The same sequences for every layout. The last batch is filled up with rows whose loss mask is False, so every rank
+    has the same number of microbatches. Raises UserError for sizes that do not divide.
+    """
+    _check_sizes(data_size, global_batch_size, micro_batch_size)
+    firsts = range(0, held_out.num_sequences, global_batch_size)
+    return (
+        _microbatches(held_out, range(first + data_rank, first + global_batch_size, data_size), micro_batch_size)
+        for first in firsts
+    )
+
+
+def _check_sizes(data_size: int, global_batch_size: int, micro_batch_size: int) -> None:
+    if global_batch_size % (data_size * micro_batch_size):
+        raise UserError(
+            f"train.global_batch_size {global_batch_size} is not a multiple of data-parallel size {data_size} x "
+            f"train.micro_batch_size {micro_batch_size} = {data_size * micro_batch_size}"
+        )
+
+
+def _inline(read: _Read) -> Iterator[StepBatch]:
+    step = 0
+    while True:
+        began = time.perf_counter()
+        batch = read(step)
+        yield _waited(batch, began)
+        step += 1
+
+
+def _ahead(read: _Read, num_workers: int) -> Iterator[StepBatch]:
+    """The batches in order, with at most two steps a thread read ahead."""
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="data")
+    pending: deque[Future[StepBatch]] = deque()
+    step = 0
+    try:
+        while True:
+            while len(pending) < 2 * num_workers:
+                pending.append(pool.submit(read, step))
+                step += 1
+            began = time.perf_counter()
+            batch = pending.popleft().result()
+            yield _waited(batch, began)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Read(Protocol):
+    def __call__(self, step: int, /) -> StepBatch: ...
+
+
+def _waited(batch: StepBatch, began: float) -> StepBatch:
+    return StepBatch(batch.microbatches, batch.cursor, time.perf_counter() - began)
+
+
+def _microbatches(sequences: _Sequences, numbers: Sequence[int], micro_batch_size: int) -> tuple[Microbatch, ...]:
+    windows = [_window(sequences, number) for number in numbers]
+    return tuple(
+        microbatch(windows[first : first + micro_batch_size]) for first in range(0, len(windows), micro_batch_size)
+    )
+
+
+def _window(sequences: _Sequences, number: int) -> Window:
+    """Sequence `number`, or past the end of held-out data an empty one."""
+    if isinstance(sequences, HeldOut) and number >= sequences.num_sequences:
+        size = sequences.sequence_length + 1
+        return Window(np.zeros(size, np.int64), np.zeros(size, np.bool_), 0, ())
+    return sequences.sequence(number)
+
+
+def microbatch(windows: Sequence[Window]) -> Microbatch:
+    """Stack windows, one a row."""
+    tokens_BT = np.stack([window.tokens for window in windows])  # T = S + 1
+    starts_BT = np.stack([window.starts for window in windows])
+    num_tokens_B = np.array([window.num_tokens for window in windows])
+
+    starts_BS = starts_BT[:, :-1].copy()
+    starts_BS[:, 0] = True
+    place_S = np.arange(starts_BS.shape[1])
+    positions_BS = place_S - np.maximum.accumulate(np.where(starts_BS, place_S, 0), axis=1)
+    documents_BS = np.cumsum(starts_BS, axis=1, dtype=np.int32) - np.int32(1)
+    loss_mask_BS = ~starts_BT[:, 1:] & (place_S + 1 < num_tokens_B[:, None])
+    return Microbatch(
+        tokens_BS=torch.from_numpy(np.ascontiguousarray(tokens_BT[:, :-1])),
+        targets_BS=torch.from_numpy(np.ascontiguousarray(tokens_BT[:, 1:])),
+        loss_mask_BS=torch.from_numpy(loss_mask_BS),
+        positions_BS=torch.from_numpy(positions_BS),
+        documents_BS=torch.from_numpy(documents_BS),
+        single_document=not documents_BS[:, -1].any(),
+    )

@@ -1,0 +1,173 @@
+"""What `bigtrain.launch` runs before it starts ranks: ``python -m bigtrain.data.prepare RUN``.
+
+Where data.prepare.inputs is not empty, it trains the tokenizer and builds the shards that are not there yet. Then it
+opens the data as the ranks will, so that what is wrong with them is said once and now. Importing it is cheap: no torch.
+
+The tokenizer and the shards may serve many runs, so nothing of one run (its seed) goes into them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import bigtrain.config
+from bigtrain.config.errors import UserError
+from bigtrain.config.schema import Config, DataConfig, PrepareConfig, TokenizerConfig
+from bigtrain.data import build, order, readers, tokenizer
+from bigtrain.data.progress import bar
+from bigtrain.data.shards import INDEX, Dataset
+from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.workers import default_workers
+
+Say = Callable[[str], None]
+
+
+def prepare(
+    data: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    *,
+    seed: int = 0,
+    num_workers: int | None = None,
+    progress: bool = True,
+    say: Say = print,
+) -> None:
+    """Train the tokenizer to tokenizer.path and build data.prepare.out, each where it is not there yet.
+
+    One line through `say` for each of the two. Nothing where data.prepare.inputs is empty. `seed` is that of the
+    sampling and the shuffle. Raises UserError where what is there was made in another way than the config asks for.
+    """
+    wanted = data.prepare
+    if not wanted.inputs:
+        return
+    made = _tokenizer(wanted, tokenizer_config, seed, progress, say)
+    out = Path(wanted.out)
+    if (out / "train" / INDEX).exists():
+        _check_shards(out, wanted, made, say)
+        return
+    options = build.BuildOptions(
+        inputs=list(wanted.inputs),
+        exclude=list(wanted.exclude),
+        field=wanted.json_field,
+        held_out=wanted.held_out,
+        seed=seed,
+    )
+    workers = default_workers() if num_workers is None else num_workers
+    try:
+        report = build.build(options, tokenizer=made, out=out, num_workers=workers, progress=progress)
+    except UserError:
+        if not (out / "train" / INDEX).exists():
+            raise
+        _check_shards(out, wanted, made, say)  # another launch was faster
+        return
+    for line in report.lines():
+        say(f"built {out}: {line}")
+
+
+def check(config: Config) -> list[str]:
+    """Open the data of a run as its ranks will. Returns lines that say what there is.
+
+    Raises UserError for data that are missing, too few for the lanes, of another tokenizer, or with more tokens than
+    the model has rows."""
+    model_rows = config.model.vocab_size
+    made = Tokenizer.load(config.tokenizer.path)
+    if made.vocab_size > model_rows:
+        raise UserError(
+            f"model.vocab_size is {model_rows}, but tokenizer {config.tokenizer.path} has {made.vocab_size} pieces. "
+            f"Set model.vocab_size={made.vocab_size} or more."
+        )
+    length = config.train.sequence_length
+    training = order.training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=made)
+    lines = [_summary("train", training.datasets)]
+    if config.data.valid:
+        lines.append(_summary("valid", order.held_out(config.data, sequence_length=length, tokenizer=made).datasets))
+    return lines
+
+
+def _tokenizer(wanted: PrepareConfig, config: TokenizerConfig, seed: int, progress: bool, say: Say) -> Tokenizer:
+    path = Path(config.path)
+    if path.exists():
+        made = Tokenizer.load(path)
+        if made.vocab_size != config.vocab_size:
+            raise UserError(
+                f"tokenizer.vocab_size is {config.vocab_size}, but {path} is there with {made.vocab_size} pieces. Set "
+                f"tokenizer.vocab_size={made.vocab_size}, or another tokenizer.path, or remove the file."
+            )
+        say(f"tokenizer {path} is there: {made.vocab_size} pieces")
+        return made
+    files = readers.find_files(wanted.inputs, wanted.exclude)
+    texts = training_texts(files, field=wanted.json_field, held_out=wanted.held_out, progress=progress)
+    model = tokenizer.train(texts, vocab_size=config.vocab_size, kind=config.kind, seed=seed)
+    tokenizer.save(model, path)
+    say(f"trained tokenizer {path}: {config.kind}, {config.vocab_size} pieces, from {len(files)} files")
+    return Tokenizer(model, str(path))
+
+
+def training_texts(files: list[str], *, field: str, held_out: float, progress: bool) -> Iterator[str]:
+    """The text of every document that is not held out: what a tokenizer may see."""
+    with bar("reading for the tokenizer", readers.total_bytes(files), in_bytes=True, shown=progress) as advance:
+        for record in readers.read_records(files):
+            advance(record.num_bytes)
+            try:
+                text = readers.text_of(record, field)
+            except readers.Drop:  # counted when the shards are built
+                continue
+            if not build.is_held_out(text, held_out):
+                yield text
+
+
+def _check_shards(out: Path, wanted: PrepareConfig, made: Tokenizer, say: Say) -> None:
+    """What is there must be what the config asks for."""
+    dataset = Dataset.open(out / "train")
+    index = dataset.index
+    if index.tokenizer != made.fingerprint:
+        raise UserError(
+            f"{out} was built with the tokenizer {index.tokenizer}, but tokenizer.path is {made.fingerprint}. "
+            "Remove the folder to build it again, or set another data.prepare.out."
+        )
+    asked = {
+        "inputs": list(wanted.inputs),
+        "exclude": list(wanted.exclude),
+        "field": wanted.json_field,
+        "held_out": wanted.held_out,
+    }
+    for name, now in asked.items():
+        if index.made.get(name) != now:
+            raise UserError(
+                f"{out} was built with {name}={index.made.get(name)}, but data.prepare says {now}. Set another "
+                "data.prepare.out, or remove the folder to build it again; data.prepare.inputs=[] uses it as it is."
+            )
+    say(f"shards {out} are there: {index.num_documents:,} documents, {index.num_tokens:,} tokens in train/")
+
+
+def _summary(name: str, datasets: list[Dataset]) -> str:
+    documents = sum(len(dataset) for dataset in datasets)
+    tokens = sum(dataset.index.num_tokens for dataset in datasets)
+    size = sum(dataset.index.text_bytes for dataset in datasets)
+    return f"{name}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text"
+
+
+def main(arguments: list[str]) -> int:
+    """`arguments` is one path: the run's folder, or its config.yaml."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m bigtrain.data.prepare RUN    (the run's folder, or its config.yaml)", file=sys.stderr)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    path = Path(arguments[0])
+    try:
+        config = bigtrain.config.load(path.parent if path.suffix == ".yaml" else path)
+        prepare(config.data, config.tokenizer, say=_say)
+        for line in check(config):
+            _say(line)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

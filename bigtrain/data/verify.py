@@ -1,0 +1,112 @@
+"""Does a shard folder hold what its index says? Every byte is read."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bigtrain.config.errors import UserError
+from bigtrain.data import shards
+from bigtrain.data.progress import bar
+from bigtrain.data.shards import INDEX, TOKENIZER, Dataset
+
+
+def splits_of(path: Path) -> list[Path]:
+    """The data sets at `path`: itself, or the train/ and valid/ in it. Raises UserError where there is none."""
+    if (path / INDEX).exists():
+        return [path]
+    inside = [path / name for name in ("train", "valid") if (path / name / INDEX).exists()]
+    return inside or [Dataset.open(path).path]  # which raises
+
+
+def verify(path: Path, *, progress: bool = True) -> list[str]:
+    """What is wrong with the data set at `path`, one line each with the shard and the sample; empty: nothing."""
+    try:
+        dataset = Dataset.open(path, check_sizes=False)
+    except UserError as error:
+        return [str(error)]
+    problems = list(_check_totals(dataset))
+    try:
+        if hashlib.sha256((path / TOKENIZER).read_bytes()).hexdigest() != dataset.index.tokenizer:
+            problems.append(f"{path / TOKENIZER}: not the tokenizer that made the shards")
+    except OSError as error:
+        problems.append(f"{path / TOKENIZER}: {error.strerror}")
+    total = sum(shard.size_bytes for shard in dataset.index.shards)
+    with bar(f"verifying {path}", total, in_bytes=True, shown=progress) as advance:
+        for number in range(len(dataset.index.shards)):
+            problems += _check_shard(dataset, number)
+            advance(dataset.index.shards[number].size_bytes)
+    return problems
+
+
+def _check_totals(dataset: Dataset) -> Iterator[str]:
+    index = dataset.index
+    for name in ("num_documents", "num_tokens", "text_bytes"):
+        total = sum(getattr(shard, name) for shard in index.shards)
+        if getattr(index, name) != total:
+            yield f"{dataset.path / INDEX}: {name} is {getattr(index, name)}, the shards have {total}"
+
+
+def _check_shard(dataset: Dataset, number: int) -> list[str]:
+    shard, rows = dataset.index.shards[number], dataset.documents_of_shard(number)
+    tar, documents_file = dataset.path / shard.file, dataset.path / shard.documents_file
+    problems: list[str] = []
+    if shards.sha256_of(documents_file) != shard.documents_sha256:
+        problems.append(f"{documents_file}: sha256 differs from the index")
+    for name in ("num_tokens", "text_bytes"):
+        if (total := int(rows[name].sum(dtype=np.int64))) != getattr(shard, name):
+            problems.append(f"{documents_file}: {name} is {total}, the index says {getattr(shard, name)}")
+    if not tar.exists():
+        return [*problems, f"{tar}: missing"]
+    if shards.sha256_of(tar) != shard.sha256:
+        problems.append(f"{tar}: sha256 differs from the index")
+    data = np.memmap(tar, np.uint8, "r") if tar.stat().st_size else np.zeros(0, np.uint8)
+    for row, values in enumerate(rows):
+        if why := _wrong_tokens(dataset, data, values):
+            problems.append(f"{tar}: sample {_name(tar, values, row)}: {why}")
+    problems += _check_tar(tar, rows, dataset.index.dtype)
+    return problems
+
+
+def _wrong_tokens(dataset: Dataset, data: np.ndarray, row: np.void) -> str | None:
+    index = dataset.index
+    start = int(row["tokens_at"])
+    stop = start + int(row["num_tokens"]) * np.dtype(index.dtype).itemsize
+    if stop > len(data):
+        return f"its tokens end at byte {stop} of {len(data)}"
+    raw = data[start:stop]
+    tokens = raw.view(index.dtype)
+    if zlib.crc32(raw.tobytes()) != int(row["crc32"]):
+        return "its tokens are not those that were written (crc32 differs)"
+    if int(tokens.max()) >= index.vocab_size:
+        return f"token {int(tokens.max())} is not below the vocabulary's {index.vocab_size}"
+    if tokens[0] != index.bos_id or tokens[-1] != index.eos_id:
+        return f"it is not between the tokens {index.bos_id} and {index.eos_id}"
+    return None
+
+
+def _check_tar(tar: Path, rows: np.ndarray, dtype: str) -> Iterator[str]:
+    """Read the tar as any tar program does, and compare each sample with the index."""
+    count = 0
+    try:
+        for key, found in shards.scan_tar(tar, dtype):
+            if count < len(rows) and found != tuple(rows[count].tolist()):
+                yield f"{tar}: sample {key}: the tar and the index differ: {found}, {tuple(rows[count].tolist())}"
+            count += 1
+    except (tarfile.TarError, ValueError, OSError) as error:
+        yield f"{tar}: after {count} samples: {error}"
+        return
+    if count != len(rows):
+        yield f"{tar}: {count} samples can be read, the index has {len(rows)}"
+
+
+def _name(tar: Path, values: np.void, row: int) -> str:
+    try:
+        return shards.read_metadata(tar, int(values["sample"]))[0]
+    except (tarfile.TarError, ValueError, OSError):
+        return f"number {row}"

@@ -1,0 +1,152 @@
+"""``python -m bigtrain.launch``: compose the config, check it, freeze it, start the ranks. ``--help`` teaches it.
+
+Everything up to the start answers in a second on a login node: no torch here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from bigtrain import config as configs
+from bigtrain.config.check import Problem, check
+from bigtrain.config.compose import compose, conf_dir
+from bigtrain.config.derive import derive, describe, world_size
+from bigtrain.config.errors import UserError
+from bigtrain.config.help import help_text, keys_text
+from bigtrain.config.schema import Config
+from bigtrain.launching import local, machine, outcome, slurm
+from bigtrain.launching.lock import only_launch
+from bigtrain.launching.plan import plan, prepare_command
+from bigtrain.launching.preflight import preflight
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    overrides: list[str]
+    config_dirs: list[Path]
+    help: bool
+    keys: bool
+    freeze: bool
+    """Stop before the ranks: another launcher starts them."""
+    for_hydra: bool
+    """Hydra answers: --cfg, --info and its like."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for what the user can fix, else that of the rank that failed first."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = parse(argv)
+        if arguments.help:
+            print(help_text(arguments.config_dirs))
+            return 0
+        if arguments.keys:
+            print(keys_text())
+            return 0
+        config = compose(arguments.overrides, arguments.config_dirs)
+        if arguments.for_hydra:
+            return _ask_hydra(argv)
+        return launch(machine.resolve(config, cwd=Path.cwd()), freeze=arguments.freeze)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def launch(config: Config, *, freeze: bool = False) -> int:
+    """Check, freeze and run a resolved config, or only make it ready to run (`freeze`); returns the exit status."""
+    prepared = not config.data.prepare.inputs
+    _refuse([*check(config, world_size(config)), *preflight(config, prepared=prepared)])
+    if config.dry_run:
+        print(plan(config))
+        return 0
+    if config.cluster.kind == "slurm" and not freeze:
+        slurm.require()
+    with only_launch(Path(config.run.dir)):
+        configs.save(config, config.run.dir)
+        status = _prepare(config)
+        return status if status or freeze else _start(config)
+
+
+def _prepare(config: Config) -> int:
+    print(f"run {config.run.name}\n" + "\n".join(describe(derive(config, world_size(config)))), flush=True)
+    status = local.run([prepare_command(config)])
+    if not status:
+        _refuse(preflight(config, prepared=True))
+    return status
+
+
+def _start(config: Config) -> int:
+    if config.cluster.kind == "slurm":
+        print(slurm.submit(config))
+        return 0
+    return local.run(local.rank_commands(config)) or _finish(config)
+
+
+def _finish(config: Config) -> int:
+    run_dir = Path(config.run.dir)
+    checkpoint = outcome.newest_checkpoint(run_dir)
+    print("\n".join(["", *outcome.summary(run_dir)]), flush=True)
+    if checkpoint is not None:
+        print(f"{'checkpoint':<14} {outcome.short(checkpoint)}\n\nthe model writes:", flush=True)
+        local.run([outcome.generate_command(checkpoint)])
+    print("\n".join(["", *outcome.next_steps(config, checkpoint)]))
+    return 0
+
+
+def _refuse(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise UserError("\nerror: ".join(str(problem) for problem in problems))
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Raises UserError for a flag that does not exist."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--keys", action="store_true")
+    parser.add_argument("--freeze", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=Path, action="append", default=[])
+    for flag, short in (("--cfg", "-c"), ("--package", "-p")):
+        parser.add_argument(flag, short)
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    for flag in ("--resolve", "--hydra-help"):
+        parser.add_argument(flag, action="store_true")
+    found = parser.parse_intermixed_args(argv)
+    if (found.resolve or found.package) and not found.cfg:
+        raise UserError("--resolve and --package go with --cfg job.")
+    for folder in found.config_dir:
+        if not folder.is_dir():
+            raise UserError(f"--config-dir {folder}: no such folder")
+    for_hydra = bool(found.cfg or found.info or found.hydra_help)
+    return Arguments(found.overrides, found.config_dir, found.help, found.keys, found.freeze, for_hydra)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. `python -m bigtrain.launch --help` shows what there is.")
+
+
+def _ask_hydra(argv: Sequence[str]) -> int:
+    """Let Hydra answer its own flags; the config has been composed once, so it finds nothing wrong."""
+    import hydra
+
+    def nothing(_: object) -> None:
+        return None
+
+    before, sys.argv[1:] = sys.argv[1:], list(argv)
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(nothing)()
+    finally:
+        sys.argv[1:] = before
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

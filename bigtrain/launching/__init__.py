@@ -1,0 +1,1 @@
+"""Put ranks of `bigtrain.train` on machines. Nothing here imports torch: a login node answers at once."""

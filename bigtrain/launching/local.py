@@ -1,0 +1,217 @@
+"""Ranks on this machine: start them, watch them, end them together.
+
+Each rank leads a process group of its own, so that ending it ends what it started (a compiler, say). The kernel
+kills a rank whose launcher died, even by SIGKILL, so no orphan trains on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from bigtrain.config.schema import Config
+from bigtrain.launching.environment import Place, free_port, rank_environment
+
+POLL_S = 0.02
+SHOWN_LINES = 40
+"""Of a failed rank's output."""
+SETTLE_S = 2.0
+"""A mistake of the user is seen by many ranks at once: so long may rank 0 take to say it on the terminal."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process to start."""
+
+    label: str
+    """What messages call it: rank 3."""
+    arguments: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Added to ours."""
+    log: Path | None = None
+    """File that its output is added to; None: straight to our stdout and stderr."""
+
+
+def rank_commands(config: Config, *, port: int | None = None) -> list[Command]:
+    """One command a rank: rank 0 speaks on the terminal, the others in RUN/logs/rank-N.log."""
+    run_dir = Path(config.run.dir)
+    world = config.cluster.procs_per_node
+    port = free_port() if port is None else port
+    return [
+        Command(
+            label=f"rank {rank}",
+            arguments=[sys.executable, "-m", "bigtrain.train", str(run_dir)],
+            environment=rank_environment(Place(rank, rank, world, world, "127.0.0.1", port), config.cluster.device),
+            log=run_dir / "logs" / f"rank-{rank}.log" if rank else None,
+        )
+        for rank in range(world)
+    ]
+
+
+def run(commands: Sequence[Command], *, grace_s: float = 10.0) -> int:
+    """Run all commands at once until all end; the first that fails ends the others: SIGTERM, after `grace_s` SIGKILL.
+
+    A signal sent to us (Ctrl-C, SIGTERM, SIGHUP) is passed on; a second one ends everything. Call it from the main
+    thread. Returns 0, or the status of the command that failed first (128 + n for signal n, as a shell says it), or
+    128 + n where signal n was sent to us.
+    """
+    children: list[_Child] = []
+    with _received_signals() as received:
+        try:
+            for command in commands:
+                if received:
+                    break
+                children.append(_start(command))
+            failed = _watch(children, received)
+        finally:
+            _end(children, grace_s)
+    if received:
+        return 128 + received[0]
+    if not failed:
+        return 0
+    _show(failed, others=len(children) - len(failed))
+    return failed[0].status
+
+
+@dataclass
+class _Child:
+    command: Command
+    process: subprocess.Popen[bytes]
+    log_start: int
+    """Bytes of the log that were there before."""
+
+    @property
+    def status(self) -> int:
+        code = self.process.returncode
+        return code if code >= 0 else 128 - code
+
+    def signal_group(self, signum: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signum)
+
+
+def _start(command: Command) -> _Child:
+    environment = {**os.environ, **command.environment}
+    with contextlib.ExitStack() as stack:
+        output, start = None, 0
+        if command.log is not None:
+            command.log.parent.mkdir(parents=True, exist_ok=True)
+            output = stack.enter_context(command.log.open("ab"))
+            start = output.tell()
+        process = subprocess.Popen(
+            command.arguments,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            process_group=0,
+            preexec_fn=die_with_parent(),
+        )
+    return _Child(command, process, start)
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """For subprocess's preexec_fn: the kernel sends the child SIGKILL when the thread that started it ends.
+
+    Linux only; None elsewhere. The library is loaded before the fork, the child makes two system calls.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl, pr_set_pdeathsig, parent = ctypes.CDLL(None).prctl, 1, os.getpid()
+
+    def in_child() -> None:
+        prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call above
+            os._exit(1)
+
+    return in_child
+
+
+@contextlib.contextmanager
+def _received_signals() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of acting on them."""
+    received: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _watch(children: Sequence[_Child], received: list[int]) -> list[_Child]:
+    """Wait until all children end, one fails, or two signals came. Returns those that failed first, the likeliest
+    cause in front: a mistake of the user, then a death by signal, then the lowest rank."""
+    passed_on, first_failure = 0, 0.0
+    while True:
+        codes = [child.process.poll() for child in children]
+        failed = [child for child, code in zip(children, codes, strict=True) if code]
+        if failed and not first_failure:
+            first_failure = time.monotonic()
+        settled = not _only_logged(failed) or time.monotonic() - first_failure > SETTLE_S
+        if (failed and settled) or len(received) > 1 or None not in codes:
+            return sorted(failed, key=lambda child: (child.status != 2, child.process.returncode >= 0))
+        if received and not passed_on:
+            passed_on = received[0]
+            for child in children:
+                child.signal_group(passed_on)
+        time.sleep(POLL_S)
+
+
+def _only_logged(failed: Sequence[_Child]) -> bool:
+    """Whether all of them ended for a mistake of the user, and none has said so on the terminal."""
+    return all(child.status == 2 and child.command.log is not None for child in failed)
+
+
+def _end(children: Sequence[_Child], grace_s: float) -> None:
+    """No child is left when this returns, nor anything that a failed or ended one had started."""
+    running = [child for child in children if child.process.poll() is None]
+    for child in running:
+        child.signal_group(signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    for child in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.process.wait(max(0.0, deadline - time.monotonic()))
+    for child in children:
+        if child in running or child.process.returncode != 0:
+            child.signal_group(signal.SIGKILL)
+        child.process.wait()
+
+
+def _show(failed: Sequence[_Child], others: int) -> None:
+    """Say on stderr who failed and why; a child without a log has said it there itself."""
+    said = any(child.status == 2 and child.command.log is None for child in failed)
+    for child in failed:
+        if said and child.status == 2:
+            continue
+        name, log = child.command.label, child.command.log
+        if log is not None:
+            with log.open("rb") as file:
+                file.seek(child.log_start)
+                lines = file.read().decode(errors="replace").splitlines()
+            print("\n".join(f"[{name}] {line}" for line in lines[-SHOWN_LINES:]), file=sys.stderr)
+    first = failed[0]
+    if first.status == 2:  # its own error line has been shown
+        return
+    ended = f"with status {first.status}"
+    if first.process.returncode < 0:
+        number = -first.process.returncode
+        ended = f"by {signal.Signals(number).name}"
+        if number == signal.SIGKILL:
+            ended += " (the kernel does that when memory runs out)"
+    where = f" Its output: {first.command.log}" if first.command.log is not None else ""
+    stopped = f"; the other {others} were stopped" if others else ""
+    print(f"error: {first.command.label} ended {ended}{stopped}.{where}", file=sys.stderr)

@@ -1,0 +1,101 @@
+"""What this machine is, and a config with the answers filled in. No torch: the driver is asked directly."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from bigtrain.config.schema import Config, SourceConfig
+
+CPU_RANKS = 4
+"""Ranks on a machine without a GPU, where cluster.procs_per_node does not say."""
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_gpus(environ: Mapping[str, str] = os.environ) -> int:
+    """NVIDIA GPUs that a process started here would see: those of the driver that CUDA_VISIBLE_DEVICES lets through."""
+    present = _gpus_of_driver()
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or present == 0:
+        return present
+    count = 0
+    for name in visible.split(","):  # CUDA stops at the first name that it does not know
+        name = name.strip()
+        if not (name.startswith(("GPU-", "MIG-")) or (name.isdigit() and int(name) < present)):
+            break
+        count += 1
+    return count
+
+
+def torch_is_cpu_build() -> bool:
+    """Whether the installed torch was built without CUDA, by its version, which costs no import."""
+    try:
+        return importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def resolve(config: Config, *, cwd: Path, num_gpus: int | None = None) -> Config:
+    """`config` with nothing left open: paths absolute (from `cwd`), the device and the ranks of this machine as found.
+
+    `num_gpus` is counted where it is not given. A Slurm config keeps its cluster group: its nodes are elsewhere.
+    """
+    return _with_machine(_with_paths(config, cwd), num_gpus)
+
+
+def _with_machine(config: Config, num_gpus: int | None) -> Config:
+    cluster = config.cluster
+    if cluster.kind != "local" or (cluster.device != "auto" and cluster.procs_per_node):
+        return config
+    if cluster.device == "cpu":
+        found = 0
+    else:
+        found = count_gpus() if num_gpus is None else num_gpus
+        if cluster.device == "auto" and torch_is_cpu_build():
+            found = 0
+    device = ("cuda" if found else "cpu") if cluster.device == "auto" else cluster.device
+    ranks = cluster.procs_per_node or (found if device == "cuda" else CPU_RANKS)
+    return replace(config, cluster=replace(cluster, device=device, procs_per_node=ranks))
+
+
+def _with_paths(config: Config, cwd: Path) -> Config:
+    def absolute(path: str) -> str:
+        if not path or re.match(r"\w+:", path):
+            return path
+        return os.path.normpath(cwd / Path(path).expanduser())
+
+    def sources(entries: list[SourceConfig]) -> list[SourceConfig]:
+        return [replace(entry, path=absolute(entry.path)) for entry in entries]
+
+    prepare = config.data.prepare
+    prepare = replace(prepare, inputs=[absolute(path) for path in prepare.inputs], out=absolute(prepare.out))
+    data = replace(config.data, train=sources(config.data.train), valid=sources(config.data.valid), prepare=prepare)
+    resume = config.checkpoint.resume
+    return replace(
+        config,
+        run=replace(config.run, dir=absolute(config.run.dir)),
+        data=data,
+        tokenizer=replace(config.tokenizer, path=absolute(config.tokenizer.path)),
+        checkpoint=replace(config.checkpoint, resume=resume if resume in ("auto", "never") else absolute(resume)),
+    )
+
+
+def _gpus_of_driver() -> int:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

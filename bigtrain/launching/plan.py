@@ -1,0 +1,69 @@
+"""What a dry run prints: the layout, the derived numbers, and what would start."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from bigtrain.config.derive import derive, describe, world_size
+from bigtrain.config.schema import Config
+from bigtrain.launching import slurm
+from bigtrain.launching.local import Command, rank_commands
+
+SHOWN_RANKS = 8
+
+
+def prepare_command(config: Config) -> Command:
+    """Make the tokenizer and the shards that data.prepare asks for, where they are not there yet, and open the data."""
+    return Command("data preparation", [sys.executable, "-m", "bigtrain.data.prepare", config.run.dir])
+
+
+def plan(config: Config) -> str:
+    """The text of a dry run of a config that is resolved and sound."""
+    lines = [
+        f"run {config.run.name}: model {config.model.name}, {config.precision.dtype}, "
+        f"ZeRO-{config.parallel.zero_stage}, on {config.cluster.device}",
+        f"{'run folder':<20} {config.run.dir}",
+        *describe(derive(config, world_size(config))),
+        "",
+    ]
+    if config.data.prepare.inputs:
+        lines += [
+            "would first prepare the data, where it is not there yet:",
+            "  " + _shown(prepare_command(config)),
+            "",
+        ]
+    if config.cluster.kind == "slurm":
+        lines += ["would submit this script with sbatch:", "", slurm.sbatch_script(config).rstrip()]
+    else:
+        lines += _local(rank_commands(config, port=0))
+    return "\n".join([*lines, "", "dry run: nothing was started or written."])
+
+
+def _local(commands: Sequence[Command]) -> list[str]:
+    shared = dict.fromkeys(commands[0].environment.items())
+    for command in commands:
+        shared = {item: None for item in shared if item in command.environment.items()}
+    lines = [f"would start {len(commands)} ranks on this machine, with"]
+    lines += [f"  {name}={_value(name, value)}" for name, value in shared]
+    for command in commands[:SHOWN_RANKS]:
+        own = [f"{name}={value}" for name, value in command.environment.items() if (name, value) not in shared]
+        output = f"  > {shlex.quote(str(command.log))}" if command.log is not None else ""
+        lines.append(f"  {' '.join(own)} {_shown(command)}{output}")
+    if len(commands) > SHOWN_RANKS:
+        lines.append(f"  and {len(commands) - SHOWN_RANKS} more alike")
+    return lines
+
+
+def _value(name: str, value: str) -> str:
+    if name == "MASTER_PORT":
+        return "(a free port)"
+    if name == "PATH":
+        return value.replace(os.environ.get("PATH", "") or "\0", "$PATH")
+    return shlex.quote(value)
+
+
+def _shown(command: Command) -> str:
+    return shlex.join(command.arguments)

@@ -1,0 +1,192 @@
+"""What the disks and this machine say about a config, before any rank starts. Reads only; no torch."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shlex
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from bigtrain import config as configs
+from bigtrain.config import keys
+from bigtrain.config.check import Problem, get
+from bigtrain.config.frozen import FILE
+from bigtrain.config.schema import Config
+from bigtrain.launching import machine
+
+UNCHANGING = [
+    "run.dir",
+    "dry_run",
+    "data.num_workers",
+    "parallel.gather",
+    "train.recompute",
+    "cluster.",
+    "tracker.",
+    "checkpoint.",
+    "eval.",
+]
+"""Keys (and groups, with a dot) that may differ when a run goes on: they change where and how often, not what."""
+
+
+def preflight(config: Config, *, prepared: bool) -> list[Problem]:
+    """Every problem that can be seen from here. `prepared`: data.prepare has run, or is not asked for."""
+    return [
+        *_run_folder(config),
+        *_resume(config),
+        *(_device(config) if config.cluster.kind == "local" else ()),
+        *(_prepared_data(config) if prepared else _inputs(config)),
+    ]
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether a run has left anything that belongs to its config: a step, a checkpoint, a job in the queue. One that
+    failed before its first step has not, so its config may be corrected under the same name."""
+    metrics = run_dir / "metrics.jsonl"
+    folders = (run_dir / "checkpoints", run_dir / "logs" / "slurm")
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(
+        folder.is_dir() and next(folder.iterdir(), None) is not None for folder in folders
+    )
+
+
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of every key that would make another run. A constant learning rate may go on for longer."""
+    changed: list[tuple[str, Any, Any]] = []
+    for key in keys.all_keys():
+        before, now = get(old, key.path), get(new, key.path)
+        if before == now or any(
+            key.path == name or (name[-1] == "." and key.path.startswith(name)) for name in UNCHANGING
+        ):
+            continue
+        longer = key.path == "train.num_steps" and now > before and new.schedule.name == "constant"
+        if not longer:
+            changed.append((key.path, before, now))
+    return changed
+
+
+def _run_folder(config: Config) -> Iterator[Problem]:
+    folder = Path(config.run.dir)
+    if folder.exists() and not folder.is_dir():
+        yield Problem("run.dir", folder, "is a file", "Choose another run.dir or run.name")
+    if not (folder / FILE).is_file() or not has_begun(folder):
+        return
+    changed = differences(configs.load(folder), config)
+    if changed:
+        listed = "; ".join(f"{key} is {before} there, {now} now" for key, before, now in changed)
+        yield Problem(
+            "run.dir",
+            folder,
+            f"holds a run of another config: {listed}",
+            "Set run.name to another name, or keep the old values",
+        )
+
+
+def _resume(config: Config) -> Iterator[Problem]:
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "never") and "://" not in resume and not Path(resume).is_dir():
+        message = "there is no such checkpoint"
+        yield Problem("checkpoint.resume", resume, message, "Write auto, never or the folder of a checkpoint")
+
+
+def _device(config: Config) -> Iterator[Problem]:
+    cluster = config.cluster
+    if cluster.device == "cpu":
+        yield from _compiler()
+        return
+    if machine.torch_is_cpu_build():
+        message = "the installed torch is a build without CUDA"
+        yield Problem(
+            "cluster.device", cluster.device, message, "Install a CUDA build of torch, or set cluster.device=cpu"
+        )
+        return
+    found = machine.count_gpus()
+    if found < cluster.procs_per_node or not found:
+        fix = f"Set cluster.procs_per_node={found}" if found else "Set cluster.device=cpu"
+        message = f"this machine shows {found} GPUs, and every rank needs one"
+        yield Problem("cluster.procs_per_node", cluster.procs_per_node, message, fix)
+
+
+def _compiler() -> Iterator[Problem]:
+    """DeepSpeed builds its CPU operators on their first use, with $CXX or c++, against Python's headers."""
+    named = os.environ.get("CXX", "")
+    program = (shlex.split(named) or ["c++"])[0]
+    if shutil.which(program) is None:
+        message = "DeepSpeed builds its CPU operators with a C++ compiler, and there is none by this name"
+        fix = "Install g++ (Debian, Ubuntu: apt-get install g++), or set the environment variable CXX to a compiler"
+        yield Problem("CXX", named or "c++", message, fix)
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if not headers.is_file():
+        message = "DeepSpeed builds its CPU operators against Python's headers, and they are missing"
+        yield Problem("Python.h", headers, message, "Install them (Debian, Ubuntu: apt-get install python3-dev)")
+
+
+def _inputs(config: Config) -> Iterator[Problem]:
+    """Before data.prepare runs: its inputs, and whatever it will not make."""
+    out = Path(config.data.prepare.out)
+    for key, path in _shards(config):
+        if not Path(path).is_relative_to(out):
+            yield from _missing(key, path)
+    if _is_prepared(config):
+        return
+    for pattern in config.data.prepare.inputs:
+        if next(glob.iglob(pattern, recursive=True), None) is None:
+            message = "no file matches"
+            yield Problem("data.prepare.inputs", pattern, message, "Name files of text, or a pattern in quotes")
+
+
+def _is_prepared(config: Config) -> bool:
+    paths = [config.tokenizer.path, *(path for _, path in _shards(config))]
+    return all(Path(path).exists() for path in paths)
+
+
+def _prepared_data(config: Config) -> Iterator[Problem]:
+    """The folders of shards and the tokenizer are there, and go with the model and the lanes."""
+    if not Path(config.tokenizer.path).is_file():
+        message = "no such file"
+        yield Problem(
+            "tokenizer.path", config.tokenizer.path, message, "Train one with tools/tokenizer.py train, or name another"
+        )
+    lanes, rows = config.data.num_lanes, config.model.vocab_size
+    num_pieces = 0
+    for key, path in _shards(config):
+        yield from _missing(key, path)
+        index = _index(path)
+        num_pieces = max(num_pieces, index.get("vocab_size", 0))
+        documents = index.get("num_documents", lanes)
+        if key.startswith("data.train") and documents < lanes:
+            message = f"{path} has {documents} documents, too few: each lane needs one"
+            yield Problem("data.num_lanes", lanes, message, "Give it more text, or lower data.num_lanes")
+    if num_pieces > rows:
+        message = f"the tokenizer of the data has {num_pieces} pieces"
+        yield Problem("model.vocab_size", rows, message, f"Set model.vocab_size={num_pieces} or more")
+
+
+def _shards(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, path) of every folder of shards on this file system."""
+    for split, sources in (("train", config.data.train), ("valid", config.data.valid)):
+        for number, source in enumerate(sources):
+            if "://" not in source.path:
+                yield f"data.{split}.{number}.path", source.path
+
+
+def _missing(key: str, path: str) -> Iterator[Problem]:
+    if not Path(path).is_dir():
+        fix = "Build it with tools/shards.py build, or let the launch do it: data=text data.prepare.inputs=[FOLDER]"
+        yield Problem(key, path, "no such folder", fix)
+    elif not (Path(path) / "index.json").is_file():
+        yield Problem(key, path, "it has no index.json, so it is no finished folder of shards", "Build it again")
+
+
+def _index(path: str) -> dict[str, int]:
+    """The totals of a folder of shards; empty where they cannot be read, which the reader of the data reports."""
+    try:
+        values: Any = json.loads((Path(path) / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    return {name: value for name, value in cast(dict[str, Any], values).items() if isinstance(value, int)}

@@ -1,0 +1,123 @@
+"""The one thing that the training loop reports to: it writes metrics.jsonl, shows progress and feeds W&B.
+
+Every rank holds a `Recorder` and calls it alike; only the writer's, rank 0's, does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bigtrain.config.schema import Config
+from bigtrain.telemetry.console import Console
+from bigtrain.telemetry.metrics import METRICS_FILE, MetricsFile
+from bigtrain.telemetry.tracking import WandbTracker
+
+
+class Recorder:
+    """Where the records of a run go. Also a context manager, which closes it, as failed where an exception leaves
+    it."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        *,
+        num_steps: int,
+        resume_step: int,
+        console: Console,
+        is_writer: bool = True,
+    ) -> None:
+        """`resume_step`: optimizer steps that are done already, 0 in a new run. Lines of later steps, which an earlier
+        attempt wrote and this one computes again, leave metrics.jsonl, and an event says so."""
+        self._console = console
+        self._metrics: MetricsFile | None = None
+        self._tracker: WandbTracker | None = None
+        if not is_writer:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = MetricsFile(run_dir / METRICS_FILE, resume_step=resume_step)
+        if config.tracker.kind == "wandb" and config.tracker.mode != "disabled":
+            with console.phase(f"starting W&B ({config.tracker.mode})"):
+                self._tracker = WandbTracker(run_dir, config, warn=console.note)
+        if resume_step or self._metrics.num_removed or self._metrics.num_unreadable:
+            self.event(
+                "resume" if resume_step else "restart",
+                step=resume_step,
+                lines_removed=self._metrics.num_removed,
+                lines_unreadable=self._metrics.num_unreadable,
+            )
+        console.start(num_steps=num_steps, at_step=resume_step)
+
+    def train(
+        self,
+        step: int,
+        *,
+        tokens: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        step_time_s: float,
+        tokens_per_second: float,
+        mfu: float | None,
+    ) -> None:
+        """An optimizer step is done. `tokens`: of the run so far; `tokens_per_second`: of all ranks together; `mfu`:
+        0 to 1, None where no peak is known. Loss and gradient norm are of the global batch."""
+        record = {
+            "kind": "train",
+            "step": step,
+            "tokens": tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "step_time_s": step_time_s,
+            "tokens_per_second": tokens_per_second,
+            "mfu": mfu,
+        }
+        if self._write(record):
+            self._console.train(record)
+
+    def evaluation(self, step: int, *, loss: float, perplexity: float, bits_per_byte: float | None) -> None:
+        """The held-out loss after `step`, in nats a token; its exponential; and in bits a byte of text, where known."""
+        record = {
+            "kind": "eval",
+            "step": step,
+            "loss": loss,
+            "perplexity": perplexity,
+            "bits_per_byte": bits_per_byte,
+        }
+        if self._write(record):
+            self._console.evaluation(record)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Something that a reader of the run should know: a save, a signal, a skipped batch. Give the `step` where
+        there is one. Goes to metrics.jsonl only."""
+        self._write({"kind": "event", "name": name, **fields})
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish all outputs. A second call does nothing."""
+        self._console.close()
+        if self._tracker is not None:
+            self._tracker.close(failed=failed)
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    def _write(self, record: Mapping[str, Any]) -> bool:
+        """Append `record`; False where this rank is not the writer."""
+        if self._metrics is None:
+            return False
+        self._metrics.append(record)
+        if self._tracker is not None and record["kind"] != "event":
+            self._tracker.log(record)
+        return True

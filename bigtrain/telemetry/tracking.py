@@ -1,0 +1,133 @@
+"""Weights & Biases: the same records as metrics.jsonl, for those who watch many runs.
+
+Offline by default: RUN/wandb/ gets files that ``wandb sync RUN/wandb/offline-run-*`` uploads later. The run's id
+stays in RUN/wandb_id, so that every attempt of a run is one run in W&B. Steps that an attempt lost in a crash and
+computed again are there twice (W&B only appends); metrics.jsonl has each once.
+
+W&B is a guest here: whatever goes wrong with it is said once, and training goes on without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from bigtrain.config.schema import Config
+
+_ID_FILE = "wandb_id"
+_HIDDEN = "(not logged)"
+_CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_QUERY_OF_URL = re.compile(r"(://[^\s?]*)\?\S*")
+
+
+class WandbTracker:
+    """A W&B run for the run in `run_dir`. No method raises."""
+
+    def __init__(self, run_dir: Path, config: Config, *, warn: Callable[[str], None]) -> None:
+        """Start or go on with the run. `warn` gets one message if W&B fails, here or later."""
+        self._warn = warn
+        self._run: Any = None
+        try:
+            self._run = _start(run_dir, config)
+        except Exception as error:
+            self._give_up(error)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Send a train or eval record of metrics.jsonl; its fields get their kind as prefix, as in ``train/loss``."""
+        if self._run is None:
+            return
+        kind = record["kind"]
+        fields = {f"{kind}/{name}": value for name, value in record.items() if name not in ("kind", "step")}
+        try:
+            self._run.log(
+                {"step": record["step"], **{name: value for name, value in fields.items() if value is not None}}
+            )
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the W&B run, marked as failed or not. A second call does nothing."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish(exit_code=1 if failed else 0)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self._warn(f"warning: W&B stopped, training goes on without it: {reason}")
+
+
+def without_secrets(config: Config) -> dict[str, Any]:
+    """The config as it may leave the machine. Shell lines and sbatch options, where people put tokens, are left out,
+    as are user names, passwords and queries (signatures) in URLs."""
+    values = dataclasses.asdict(config)
+    for name in ("setup", "sbatch"):
+        if values["cluster"][name]:
+            values["cluster"][name] = _HIDDEN
+    return _mask(values)
+
+
+def _start(run_dir: Path, config: Config) -> Any:
+    if config.tracker.mode == "offline":
+        # Without this W&B looks up a host of its own for error reports, even offline.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+        # Samples of the machine, its metadata and the list of packages: a second of start-up, and nobody's business.
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_save_requirements=False,
+    )
+    run = wandb.init(
+        project=config.tracker.project,
+        entity=config.tracker.entity,
+        name=config.run.name,
+        id=_run_id(run_dir),
+        resume="allow",
+        dir=str(run_dir),
+        mode=cast(Any, config.tracker.mode),
+        config=without_secrets(config),
+        settings=settings,
+    )
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _run_id(run_dir: Path) -> str:
+    """The id in RUN/wandb_id; a new one where there is none yet."""
+    path = run_dir / _ID_FILE
+    if path.exists():
+        kept = path.read_text().strip()
+        if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", kept):
+            return kept
+    new = uuid.uuid4().hex[:12]
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(new + "\n")
+    os.replace(aside, path)
+    return new
+
+
+def _mask(value: Any) -> Any:
+    if isinstance(value, str):
+        return _QUERY_OF_URL.sub(r"\1?***", _CREDENTIALS_IN_URL.sub("***", value))
+    if isinstance(value, dict):
+        return {name: _mask(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_mask(item) for item in value]
+    return value

@@ -1,0 +1,8 @@
+"""Settings for all tests: they run offline, and in as many threads as the machine has cores and no more."""
+
+import os
+
+# Before any test imports the libraries that read them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

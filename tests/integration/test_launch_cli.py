@@ -1,0 +1,217 @@
+"""`python -m bigtrain.launch` as a user runs it: what it answers without starting a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigtrain import config as configs
+from bigtrain.config.compose import compose, conf_dir
+from bigtrain.launching import machine
+
+LAUNCH = [sys.executable, "-m", "bigtrain.launch"]
+SOURCE = str(Path(__file__).resolve().parents[2])
+
+
+def launch(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": SOURCE, **environment}
+    return subprocess.run([*LAUNCH, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def refused(cwd: Path, *arguments: str, **environment: str) -> str:
+    """The error of a command that must be refused: status 2, error lines only, nothing written."""
+    before = sorted(cwd.rglob("*"))
+    done = launch(cwd, *arguments, **environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines and all(line.startswith("error: ") for line in lines), done.stderr
+    assert sorted(cwd.rglob("*")) == before
+    return done.stderr
+
+
+def data(folder: Path, *, documents: int = 1000, vocab_size: int = 4096) -> list[str]:
+    """Overrides that name data with these totals."""
+    for split in ("train", "valid"):
+        (folder / split).mkdir()
+        index = {"num_documents": documents, "vocab_size": vocab_size}
+        (folder / split / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "t.model").write_bytes(b"")
+    return [
+        "data.train=[{path: train}]",
+        "data.valid=[{path: valid}]",
+        "tokenizer.path=t.model",
+        "data.prepare.inputs=[]",
+    ]
+
+
+CPU = "cluster.device=cpu"
+
+
+def test_help_teaches(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--help")
+    assert done.returncode == 0
+    for part in ("gpt_1b", "llama3_8b", "+cluster", "train.num_steps=300", "Sequences an optimizer step", "examples:"):
+        assert part in done.stdout
+    assert "model.rope_theta" in launch(tmp_path, "--keys").stdout
+
+
+def test_cfg_shows_the_config(tmp_path: Path) -> None:
+    done = launch(tmp_path, "model=gpt_1b", "--cfg", "job")
+    assert done.returncode == 0
+    assert "name: gpt_1b" in done.stdout and "num_lanes: 64" in done.stdout
+    assert "model.hidden_size" in refused(tmp_path, "--cfg", "job", "model.hiden_size=1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_every_number_and_starts_nothing(tmp_path: Path) -> None:
+    done = launch(tmp_path, "dry_run=true", "cluster.procs_per_node=4", CPU, "parallel.tensor=2")
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "4 ranks = tensor 2 x pipeline 1 x data 2",
+        "6,524,160",
+        "1,024 tokens a rank",
+        "2 microbatches a rank a step",
+        "4,096 tokens",
+        "300 steps",
+        "1,228,800 tokens",
+        "bytes) a rank",
+        "FLOP",
+        "RANK=3 LOCAL_RANK=3",
+        f"-m bigtrain.train {tmp_path}/runs/default",
+        "-m bigtrain.data.prepare",
+        "nothing was started",
+    ):
+        assert part in done.stdout, part
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_shows_the_script_for_slurm(tmp_path: Path) -> None:
+    done = launch(tmp_path, "+cluster=slurm", "model=gpt_1b", "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    for part in ("#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=8", "srun", "16 ranks", "1,315,819,520", "ZeRO-3"):
+        assert part in done.stdout, part
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["dry_run=true", CPU], ["+cluster=slurm", "dry_run=true"]])
+def test_a_login_node_imports_no_torch(tmp_path: Path, arguments: list[str]) -> None:
+    program = (
+        "import sys; from bigtrain import launch; status = launch.main(sys.argv[1:]); "
+        "print(status, [name for name in ('torch', 'deepspeed', 'megatron', 'webdataset') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": SOURCE},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["model.hiden_size=3"], "model.hidden_size"),
+        (["model=gpt_2b"], "Nearest: gpt_"),
+        (["modle=tiny"], "model"),
+        (["train.num_steps=many"], "whole number"),
+        (["--bogus"], "--bogus"),
+        (["--config-dir", "nowhere"], "nowhere"),
+        ([CPU, "cluster.procs_per_node=4", "parallel.tensor=3"], "4 ranks"),
+        ([CPU, "model.num_attention_heads=6", "model.hidden_size=252", "parallel.tensor=4"], "num_attention_heads=6"),
+        ([CPU, "train.global_batch_size=18"], "train.global_batch_size=18"),
+        ([CPU, "parallel.pipeline=2"], "pipeline"),
+        ([CPU, "data.prepare.inputs=[nowhere/*.txt]", "data.prepare.out=new"], "nowhere/*.txt"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, arguments: list[str], says: str) -> None:
+    assert says in refused(tmp_path, *arguments)
+
+
+def test_missing_data_path(tmp_path: Path) -> None:
+    overrides = data(tmp_path)
+    assert f"data.train.0.path={tmp_path}/elsewhere" in refused(
+        tmp_path, CPU, *overrides, "data.train=[{path: elsewhere}]"
+    )
+
+
+def test_too_few_documents(tmp_path: Path) -> None:
+    assert "63 documents" in refused(tmp_path, CPU, *data(tmp_path, documents=63))
+
+
+def test_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
+    assert "model.vocab_size=4096" in refused(tmp_path, CPU, *data(tmp_path, vocab_size=5000))
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    assert "g++" in refused(tmp_path, CPU, *data(tmp_path), PATH=str(tmp_path), CXX="")
+
+
+def test_more_ranks_than_gpus(tmp_path: Path) -> None:
+    message = refused(
+        tmp_path, *data(tmp_path), "cluster.device=cuda", "cluster.procs_per_node=4", CUDA_VISIBLE_DEVICES=""
+    )
+    assert "cluster.device=cpu" in message
+
+
+def test_run_folder_of_another_config(tmp_path: Path) -> None:
+    overrides = [*data(tmp_path), CPU]
+    config = machine.resolve(compose(overrides), cwd=tmp_path)
+    configs.save(config, config.run.dir)
+    (tmp_path / "runs" / "default" / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    assert launch(tmp_path, *overrides, "dry_run=true").returncode == 0
+    message = refused(tmp_path, *overrides, "optim.lr=0.5")
+    assert "optim.lr is 0.001 there, 0.5 now" in message and "run.name" in message
+
+
+def test_slurm_without_slurm(tmp_path: Path) -> None:
+    message = refused(tmp_path, *data(tmp_path), "+cluster=slurm", PATH=str(Path(sys.executable).parent))
+    assert "there is no sbatch" in message
+
+
+def corpus(folder: Path) -> list[str]:
+    """Overrides that make real data from a few small texts."""
+    (folder / "corpus").mkdir()
+    for number in range(200):
+        text = " ".join(f"word{number * word % 97}" for word in range(50))
+        (folder / "corpus" / f"{number}.txt").write_text(text, encoding="utf-8")
+    return ["data=text", "data.prepare.inputs=[corpus]", "data.num_lanes=16", "tokenizer.vocab_size=280"]
+
+
+def test_submits_what_the_dry_run_showed(tmp_path: Path) -> None:
+    """sbatch and srun are stand-ins here: the script that arrives is the one shown, and the job is named."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("sbatch", f"cp $1 {tmp_path}/got; echo Submitted batch job 4711"), ("srun", "")):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (programs / name).chmod(0o755)
+    overrides = [*corpus(tmp_path), "+cluster=slurm", "model=gpt_1b"]
+    path = f"{programs}:{os.environ['PATH']}"
+    shown = launch(tmp_path, *overrides, "dry_run=true", PATH=path).stdout
+    done = launch(tmp_path, *overrides, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "got").read_text() in shown
+    assert "job 4711" in done.stdout and "squeue -j 4711" in done.stdout
+    assert configs.load(tmp_path / "runs" / "default").data.prepare.inputs == [f"{tmp_path}/corpus"]
+    changed = launch(tmp_path, *overrides, "optim.lr=0.5", PATH=path)
+    assert changed.returncode == 2 and "optim.lr is 0.001 there, 0.5 now" in changed.stderr
+
+
+def test_freeze_makes_the_folder_ready_and_starts_nothing(tmp_path: Path) -> None:
+    done = launch(tmp_path, "--freeze", *corpus(tmp_path), "+cluster=slurm")
+    assert done.returncode == 0, done.stderr
+    config = configs.load(tmp_path / "runs" / "default")
+    assert (Path(config.data.train[0].path) / "index.json").is_file() and Path(config.tokenizer.path).is_file()
+    assert not (tmp_path / "runs" / "default" / "logs").exists()
+
+
+def test_presets_are_found(tmp_path: Path) -> None:
+    assert (conf_dir() / "model" / "tiny.yaml").is_file()

@@ -1,0 +1,154 @@
+"""Real child processes: they end together, and none is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bigtrain.config.errors import UserError
+from bigtrain.launching.local import Command, run
+from bigtrain.launching.lock import only_launch
+
+SLEEPER = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEPER
+
+
+def python(rank: int, code: str, *arguments: object, log: Path | None = None) -> Command:
+    return Command(f"rank {rank}", [sys.executable, "-c", code, *map(str, arguments)], {"RANK": str(rank)}, log)
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+def pid_in(file: Path) -> int:
+    wait_for(lambda: file.is_file() and file.read_text())
+    return int(file.read_text())
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_all_end_well(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import os; print('rank', os.environ['RANK'])"
+    assert run([python(0, code), python(1, code, log=tmp_path / "logs" / "rank-1.log")]) == 0
+    assert capfd.readouterr().out == "rank 0\n"
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == "rank 1\n"
+
+
+def test_one_that_dies_ends_the_others_and_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log, file = tmp_path / "rank-3.log", tmp_path / "pid"
+    log.write_text("of an earlier start\n")
+    dying = f"import os, time\nwhile not os.path.exists({str(file)!r}): time.sleep(0.01)\nraise ValueError('the cause')"
+    start = time.monotonic()
+    assert run([python(0, SLEEPER, file), python(3, dying, log=log)]) == 1
+    assert time.monotonic() - start < 9
+    assert is_gone(pid_in(file))
+    said = capfd.readouterr().err
+    assert "[rank 3] ValueError: the cause" in said and "earlier" not in said
+    assert "error: rank 3 ended with status 1; the other 1 were stopped" in said and str(log) in said
+
+
+def test_a_mistake_of_the_user_is_status_2_and_no_more_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; print('error: train.x=1: no', file=sys.stderr); sys.exit(2)"
+    assert run([python(1, code, log=tmp_path / "log")]) == 2
+    assert capfd.readouterr().err == "[rank 1] error: train.x=1: no\n"
+
+
+def test_a_mistake_that_all_ranks_see_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    quick = "import sys; print('error: no', file=sys.stderr); sys.exit(2)"
+    assert run([python(0, "import time; time.sleep(0.5); " + quick), python(1, quick, log=tmp_path / "log")]) == 2
+    assert capfd.readouterr().err == "error: no\n"
+
+
+def test_death_by_signal_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([python(0, "import os; os.kill(os.getpid(), 9)")]) == 128 + 9
+    assert "rank 0 ended by SIGKILL (the kernel does that when memory runs out)" in capfd.readouterr().err
+
+
+def test_one_that_ignores_sigterm_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    outer, inner = tmp_path / "outer", tmp_path / "inner"
+    nest = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}, {str(inner)!r}]); {STUBBORN}"
+    there = f"os.path.exists({str(inner)!r}) and os.path.exists({str(outer)!r})"
+    dying = f"import os, time\nwhile not ({there}): time.sleep(0.01)\nos._exit(5)"
+    start = time.monotonic()
+    assert run([python(0, nest, outer), python(1, dying, log=tmp_path / "log")], grace_s=0.3) == 5
+    assert is_gone(pid_in(outer))
+    wait_for(lambda: is_gone(pid_in(inner)))
+    assert time.monotonic() - start < 30  # they would have slept for 60 s
+
+
+def launcher(tmp_path: Path, code: str) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A process that runs two children of `code`, and their ids."""
+    files = [tmp_path / "0", tmp_path / "1"]
+    program = (
+        "import sys; from bigtrain.launching.local import Command, run; "
+        "code, *files = sys.argv[1:]; "
+        "sys.exit(run([Command(f, [sys.executable, '-c', code, f]) for f in files], grace_s=1.0))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, code, *map(str, files)], stderr=subprocess.DEVNULL)
+    return process, [pid_in(file) for file in files]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_passed_on(tmp_path: Path, signum: signal.Signals) -> None:
+    noting = (
+        "import pathlib, signal, sys, time\n"
+        "def note(signum, frame):\n"
+        "    pathlib.Path(sys.argv[1] + '.got').write_text(str(int(signum))); sys.exit(0)\n"
+        f"signal.signal({int(signum)}, note)\n"
+    )
+    process, pids = launcher(tmp_path, noting + SLEEPER)
+    process.send_signal(signum)
+    assert process.wait(20) == 128 + signum
+    assert all(is_gone(pid) for pid in pids)
+    assert [(tmp_path / f"{name}.got").read_text() for name in "01"] == [str(int(signum))] * 2
+
+
+def test_a_second_signal_ends_those_that_did_not_listen(tmp_path: Path) -> None:
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " + STUBBORN
+    process, pids = launcher(tmp_path, deaf)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 128 + signal.SIGINT
+    assert all(is_gone(pid) for pid in pids)
+
+
+def test_no_orphan_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    process, pids = launcher(tmp_path, STUBBORN)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for pid in pids:
+        wait_for(lambda pid=pid: is_gone(pid), 5)
+
+
+def test_one_launch_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from bigtrain.launching.lock import only_launch\n"
+        "with only_launch(Path(sys.argv[1])):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"process {holder.pid}"), only_launch(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        with only_launch(tmp_path):
+            pass

@@ -1,0 +1,114 @@
+"""Each thing that can be wrong with a config is found, named and given a fix; all of them at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from bigtrain.config.check import check, time_limit_minutes
+from bigtrain.config.schema import Config, DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+
+WORLD = 4
+
+
+def config_with(**changes: Any) -> Config:
+    """A sound config with keys changed: train__num_steps=3."""
+    config = Config(
+        data=DataConfig(train=[SourceConfig("train")], valid=[SourceConfig("valid")]),
+        tokenizer=TokenizerConfig(path="tokenizer.model"),
+    )
+    config = dataclasses.replace(
+        config, cluster=dataclasses.replace(config.cluster, procs_per_node=WORLD, device="cpu")
+    )
+    for name, value in changes.items():
+        group, key = name.split("__")
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{key: value})})
+    return config
+
+
+def found(world: int = WORLD, **changes: Any) -> dict[str, str]:
+    return {problem.key: str(problem) for problem in check(config_with(**changes), world)}
+
+
+def test_a_sound_config_has_no_problem() -> None:
+    assert found() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "says"),
+    [
+        ({"parallel__tensor": 3}, "parallel.tensor", "4 ranks"),
+        ({"parallel__pipeline": 2}, "parallel.pipeline", "this version has no pipeline"),
+        ({"parallel__virtual_pipeline": 2}, "parallel.virtual_pipeline", "this version has no pipeline"),
+        ({"parallel__sequence": True}, "parallel.sequence", "one rank"),
+        ({"parallel__zero_stage": 4}, "parallel.zero_stage", "at most 3"),
+        ({"parallel__gather": "stp"}, "parallel.gather", "nearest: step"),
+        ({"model__num_attention_heads": 7}, "model.hidden_size", "multiple of model.num_attention_heads=7"),
+        ({"model__num_query_groups": 3}, "model.num_attention_heads", "model.num_query_groups=3"),
+        ({"model__num_query_groups": 1, "parallel__tensor": 2}, "model.num_query_groups", "parallel.tensor=2"),
+        ({"model__ffn_hidden_size": 705, "parallel__tensor": 2}, "model.ffn_hidden_size", "704 or 706"),
+        ({"model__vocab_size": 5001, "parallel__tensor": 2}, "model.vocab_size", "5000 or 5002"),
+        ({"model__hidden_size": 264}, "model.hidden_size", "heads of 33"),
+        ({"model__position": "learned", "train__sequence_length": 4096}, "train.sequence_length", "2048 tokens"),
+        ({"model__position": "alibi"}, "model.position", "Choose rope, learned"),
+        ({"train__global_batch_size": 17}, "train.global_batch_size", "16 or 32"),
+        ({"train__micro_batch_size": 3}, "train.global_batch_size", "12 or 24"),
+        ({"data__num_lanes": 6}, "data.num_lanes", "4 or 8"),
+        ({"schedule__warmup_steps": 301}, "schedule.warmup_steps", "300 steps"),
+        ({"train__num_tokens": 4096}, "schedule.warmup_steps", "1 steps"),
+        ({"schedule__name": "wsd", "schedule__decay_fraction": 0.95}, "schedule.decay_fraction", "300"),
+        ({"optim__lr": 0.0}, "optim.lr", "more than 0"),
+        ({"optim__lr": float("nan")}, "optim.lr", "finite"),
+        ({"train__num_steps": 0}, "train.num_steps", "at least 1"),
+        ({"train__micro_batch_size": 0}, "train.micro_batch_size", "at least 1"),
+        ({"model__num_attention_heads": 0}, "model.num_attention_heads", "at least 1"),
+        ({"parallel__tensor": 0}, "parallel.tensor", "at least 1"),
+        ({"run__name": "../x"}, "run.name", "name of a folder"),
+        ({"data__train": []}, "data.train", "nothing to train on"),
+        ({"data__train": [SourceConfig("")]}, "data.train.0.path", "empty"),
+        ({"data__valid": [SourceConfig("v", -1.0)]}, "data.valid.0.weight", "more than 0"),
+        ({"data__prepare": PrepareConfig(inputs=["*.py"])}, "data.prepare.out", "empty"),
+        (
+            {"data__prepare": PrepareConfig(inputs=["*.py"], out="out"), "model__vocab_size": 2048},
+            "model.vocab_size",
+            "model.vocab_size=4096 or more",
+        ),
+        ({"tokenizer__path": ""}, "tokenizer.path", "empty"),
+        ({"cluster__num_nodes": 2}, "cluster.num_nodes", "+cluster=slurm"),
+        ({"cluster__kind": "slurm", "cluster__device": "auto"}, "cluster.device", "cuda or cpu"),
+        ({"cluster__time": "tomorrow"}, "cluster.time", "D-HH:MM:SS"),
+    ],
+)
+def test_problem(changes: dict[str, Any], key: str, says: str) -> None:
+    problems = found(**changes)
+    assert key in problems, problems
+    assert says in problems[key]
+    assert str(problems[key]).startswith(f"{key}=")
+
+
+def test_all_problems_at_once_and_no_division_by_a_bad_value() -> None:
+    problems = found(parallel__tensor=0, train__micro_batch_size=0, model__num_attention_heads=0, optim__lr=-1.0)
+    assert set(problems) == {"parallel.tensor", "train.micro_batch_size", "model.num_attention_heads", "optim.lr"}
+
+
+def test_unresolved_ranks_of_a_cluster_are_named() -> None:
+    assert "cluster.procs_per_node" in found(world=0, cluster__kind="slurm", cluster__procs_per_node=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("1-00:00:00", 1440),
+        ("90", 90),
+        ("1:30", 2),
+        ("2:00:00", 120),
+        ("1-2", 1560),
+        ("1-2:30", 1590),
+        ("0", None),
+        ("x", None),
+    ],
+)
+def test_time_limit(text: str, minutes: int | None) -> None:
+    assert time_limit_minutes(text) == minutes

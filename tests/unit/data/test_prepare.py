@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import bigtrain.config
+from bigtrain.config.errors import UserError
+from bigtrain.config.schema import Config, DataConfig, ModelConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from bigtrain.data import build, prepare
+from bigtrain.data.shards import Dataset
+
+from .conftest import make_texts
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A run whose text is there, and nothing else."""
+    for number, text in enumerate(make_texts(60)):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{number}.py").write_text(text)
+    out = tmp_path / "data" / "corpus"
+    return Config(
+        model=ModelConfig(vocab_size=330),
+        data=DataConfig(
+            train=[SourceConfig(str(out / "train"))],
+            valid=[SourceConfig(str(out / "valid"))],
+            num_lanes=8,
+            prepare=PrepareConfig(inputs=[str(tmp_path / "text" / "*.py")], out=str(out), held_out=0.2),
+        ),
+        tokenizer=TokenizerConfig(path=f"{out}.model", vocab_size=330),
+    )
+
+
+def run(config: Config) -> list[str]:
+    said: list[str] = []
+    prepare.prepare(config.data, config.tokenizer, num_workers=0, progress=False, say=said.append)
+    return said
+
+
+def with_prepare(config: Config, **values: object) -> Config:
+    changed = replace(config.data.prepare, **values)  # pyright: ignore[reportArgumentType]
+    return replace(config, data=replace(config.data, prepare=changed))
+
+
+def test_makes_what_is_missing_and_keeps_what_is_there(config: Config) -> None:
+    said = run(config)
+    assert [line.split()[0] for line in said] == ["trained", "built", "built", "built"]
+    lines = prepare.check(config)
+    train, valid = (Dataset.open(source.path) for source in (config.data.train[0], config.data.valid[0]))
+    assert len(train) + len(valid) == 60
+    assert lines[0].startswith(f"train: {len(train)} documents, {train.index.num_tokens:,} tokens")
+
+    before = {path: path.stat().st_mtime_ns for path in Path(config.tokenizer.path).parent.rglob("*")}
+    said = run(config)
+    assert len(said) == 2 and all("there" in line for line in said)
+    assert before == {path: path.stat().st_mtime_ns for path in Path(config.tokenizer.path).parent.rglob("*")}
+
+
+def test_the_run_is_not_in_the_data(config: Config) -> None:
+    run(config)
+    first = Dataset.open(config.data.train[0].path).fingerprint
+    shutil.rmtree(config.data.prepare.out)
+    Path(config.tokenizer.path).unlink()
+    run(replace(config, run=replace(config.run, seed=99)))
+    assert Dataset.open(config.data.train[0].path).fingerprint == first
+
+
+def test_the_tokenizer_sees_no_held_out_text(config: Config) -> None:
+    texts = make_texts(60)
+    files = sorted(str(path) for path in Path(config.data.prepare.inputs[0]).parent.glob("*.py"))
+    seen = list(prepare.training_texts(files, field="text", held_out=0.2, progress=False))
+    run(config)
+    held_out = [text for text in texts if build.is_held_out(text, 0.2)]
+    assert len(held_out) == len(Dataset.open(config.data.valid[0].path)) > 0
+    assert sorted(seen) == sorted(set(texts) - set(held_out))
+
+
+def test_nothing_to_prepare(config: Config) -> None:
+    assert run(with_prepare(config, inputs=[])) == []
+    assert not Path(config.tokenizer.path).exists()
+
+
+def test_a_tokenizer_of_another_size_is_refused(config: Config) -> None:
+    run(config)
+    with pytest.raises(UserError, match=r"vocab_size is 300, but .*\.model is there with 330 pieces"):
+        run(replace(config, tokenizer=replace(config.tokenizer, vocab_size=300)))
+
+
+@pytest.mark.parametrize("values", [{"held_out": 0.1}, {"exclude": ["*x*"]}, {"json_field": "body"}])
+def test_shards_made_in_another_way_are_refused(config: Config, values: dict[str, object]) -> None:
+    run(config)
+    with pytest.raises(UserError, match=r"was built with (held_out|exclude|field)="):
+        run(with_prepare(config, **values))
+
+
+def test_shards_of_another_tokenizer_are_refused(config: Config, model: bytes) -> None:
+    run(config)
+    Path(config.tokenizer.path).write_bytes(model)
+    other = replace(config, tokenizer=replace(config.tokenizer, vocab_size=420))
+    with pytest.raises(UserError, match="was built with the tokenizer"):
+        run(other)
+
+
+def test_another_launch_that_was_faster_is_fine(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = build.build
+
+    def late(*arguments: object, **options: object) -> object:
+        real(*arguments, **options)  # pyright: ignore
+        return real(*arguments, **options)  # pyright: ignore
+
+    monkeypatch.setattr(build, "build", late)
+    assert "are there" in run(config)[-1]
+
+
+def test_check_refuses_a_model_too_small(config: Config) -> None:
+    run(config)
+    with pytest.raises(UserError, match=r"model\.vocab_size is 300, .* has 330 pieces"):
+        prepare.check(replace(config, model=ModelConfig(vocab_size=300)))
+
+
+def test_check_refuses_too_many_lanes(config: Config) -> None:
+    run(config)
+    with pytest.raises(UserError, match=r"too few for data\.num_lanes=64"):
+        prepare.check(replace(config, data=replace(config.data, num_lanes=64)))
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_the_command_reads_the_frozen_config(
+    config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str], form: str
+) -> None:
+    run(config)
+    path = bigtrain.config.save(config, tmp_path / "run")
+    assert prepare.main([str(path if form == "file" else path.parent)]) == 0
+    assert "are there" in capfd.readouterr().out
+
+
+def test_the_command_says_errors_in_one_line(config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bigtrain.config.save(with_prepare(config, inputs=["/nowhere/*.txt"]), tmp_path / "run")
+    assert prepare.main([str(tmp_path / "run")]) == 2
+    assert capfd.readouterr().err == (
+        "error: input '/nowhere/*.txt': no such file or folder, and no file matches it as a pattern\n"
+    )
+    assert prepare.main([]) == 2
+
+
+def test_importing_it_takes_no_torch() -> None:
+    code = "import sys, bigtrain.data.prepare, bigtrain.data.order; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,94 @@
+"""What is filled in from this machine, and what a rank finds in its environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigtrain.config.schema import CheckpointConfig, ClusterConfig, Config, DataConfig, RunConfig, SourceConfig
+from bigtrain.launching import machine
+from bigtrain.launching.environment import Place, free_port, rank_environment
+from bigtrain.launching.local import rank_commands
+
+
+def resolved(cluster: ClusterConfig, num_gpus: int) -> tuple[str, int]:
+    config = machine.resolve(Config(cluster=cluster), cwd=Path("/here"), num_gpus=num_gpus)
+    return config.cluster.device, config.cluster.procs_per_node
+
+
+def test_ranks_and_device_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "torch_is_cpu_build", lambda: False)
+    assert resolved(ClusterConfig(), 0) == ("cpu", 4)
+    assert resolved(ClusterConfig(), 8) == ("cuda", 8)
+    assert resolved(ClusterConfig(device="cpu"), 8) == ("cpu", 4)
+    assert resolved(ClusterConfig(procs_per_node=2), 8) == ("cuda", 2)
+    assert resolved(ClusterConfig(kind="slurm"), 8) == ("auto", 0)
+    monkeypatch.setattr(machine, "torch_is_cpu_build", lambda: True)
+    assert resolved(ClusterConfig(), 8) == ("cpu", 4)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 4), ("", 0), ("-1", 0), ("1,3", 2), ("0,9,1", 1), ("GPU-aa,MIG-bb", 2), ("0, 1", 2)]
+)
+def test_gpus_that_are_visible(
+    visible: str | None, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        '#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)"; done\n', encoding="utf-8"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert machine.count_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == count
+
+
+def test_paths_are_absolute_from_where_the_command_was_given() -> None:
+    config = Config(
+        run=RunConfig(dir="runs/a"),
+        data=DataConfig(train=[SourceConfig("x/../y"), SourceConfig("/z"), SourceConfig("s3://bucket/z")]),
+        checkpoint=CheckpointConfig(resume="auto"),
+    )
+    config = machine.resolve(config, cwd=Path("/here"), num_gpus=0)
+    assert config.run.dir == "/here/runs/a"
+    assert [source.path for source in config.data.train] == ["/here/y", "/z", "s3://bucket/z"]
+    assert config.tokenizer.path == "" and config.checkpoint.resume == "auto"
+
+
+def test_environment_of_a_rank() -> None:
+    place = Place(rank=5, local_rank=1, world=8, local_world=4, address="node7", port=1234)
+    found = rank_environment(place, "cpu", {"PATH": "/bin"})
+    assert {name: found[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+    }
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("node7", "1234")
+    assert int(found["OMP_NUM_THREADS"]) == max(1, machine.num_cores() // 4)
+    assert found["PATH"] == f"{Path(sys.executable).parent}{os.pathsep}/bin"
+    assert int(found["MALLOC_MMAP_THRESHOLD_"]) >= 32 << 20
+    assert "MALLOC_MMAP_THRESHOLD_" not in rank_environment(place, "cuda", {})
+
+
+def test_what_the_user_has_set_stays() -> None:
+    place = Place(0, 0, 1, 1, "127.0.0.1", 1)
+    user = {"OMP_NUM_THREADS": "7", "MALLOC_TRIM_THRESHOLD_": "1", "PATH": str(Path(sys.executable).parent)}
+    assert not set(user).intersection(rank_environment(place, "cpu", user))
+
+
+def test_free_port_can_be_listened_on() -> None:
+    with socket.create_server(("", free_port())):
+        pass
+
+
+def test_every_rank_is_the_same_command_with_its_own_place() -> None:
+    config = Config(run=RunConfig(dir="/here/run"), cluster=ClusterConfig(procs_per_node=3, device="cpu"))
+    commands = rank_commands(config)
+    assert {tuple(command.arguments) for command in commands} == {(sys.executable, "-m", "bigtrain.train", "/here/run")}
+    assert [command.environment["RANK"] for command in commands] == ["0", "1", "2"]
+    assert len({command.environment["MASTER_PORT"] for command in commands}) == 1
+    assert [command.log for command in commands] == [None, *(Path(f"/here/run/logs/rank-{n}.log") for n in (1, 2))]

@@ -1,0 +1,162 @@
+"""What the disks say before a rank starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtrain import config as configs
+from bigtrain.config.schema import (
+    ClusterConfig,
+    Config,
+    DataConfig,
+    PrepareConfig,
+    RunConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TokenizerConfig,
+)
+from bigtrain.launching.preflight import differences, preflight
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A config whose data is there."""
+    for split, documents in (("train", 100), ("valid", 5)):
+        (tmp_path / split).mkdir()
+        index = {"num_documents": documents, "vocab_size": 4096}
+        (tmp_path / split / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    return Config(
+        run=RunConfig(dir=str(tmp_path / "run")),
+        data=DataConfig(train=[SourceConfig(str(tmp_path / "train"))], valid=[SourceConfig(str(tmp_path / "valid"))]),
+        tokenizer=TokenizerConfig(path=str(tmp_path / "tokenizer.model")),
+        cluster=ClusterConfig(procs_per_node=4, device="cpu"),
+    )
+
+
+def changed(config: Config, group: str, **values: Any) -> Config:
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
+
+
+def texts(config: Config, *, prepared: bool = True) -> list[str]:
+    return [str(problem) for problem in preflight(config, prepared=prepared)]
+
+
+def test_nothing_wrong(config: Config) -> None:
+    assert texts(config) == []
+
+
+def test_missing_data_path_is_named(config: Config, tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    (text,) = texts(changed(config, "data", valid=[SourceConfig(missing)]))
+    assert f"data.valid.0.path={missing}" in text and "tools/shards.py" in text
+
+
+def test_folder_without_index_is_no_data(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "valid" / "index.json").unlink()
+    (text,) = texts(config)
+    assert "index.json" in text and str(tmp_path / "valid") in text
+
+
+def test_missing_tokenizer(config: Config) -> None:
+    (text,) = texts(changed(config, "tokenizer", path="/nowhere/tokenizer.model"))
+    assert "tokenizer.path=/nowhere/tokenizer.model" in text
+
+
+def test_too_few_documents_for_the_lanes(config: Config) -> None:
+    assert texts(changed(config, "data", num_lanes=100)) == []
+    (text,) = texts(changed(config, "data", num_lanes=101))
+    assert "data.num_lanes=101" in text and "100 documents" in text and config.data.train[0].path in text
+
+
+def test_tokenizer_larger_than_the_model(config: Config) -> None:
+    (text,) = texts(changed(config, "model", vocab_size=4095))
+    assert "model.vocab_size=4095" in text and "4096 or more" in text
+
+
+def test_what_preparation_makes_is_not_missing_before_it(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    config = changed(
+        config,
+        "data",
+        train=[SourceConfig(str(out / "train"))],
+        valid=[SourceConfig(str(out / "valid"))],
+        prepare=PrepareConfig(inputs=[str(tmp_path / "*.txt")], out=str(out)),
+    )
+    assert texts(config, prepared=False) == []
+    assert len(texts(config)) == 2
+    wrong = changed(config, "data", prepare=PrepareConfig(inputs=[str(tmp_path / "*.md")], out=str(out)))
+    (text,) = texts(wrong, prepared=False)
+    assert "*.md" in text
+
+
+def test_no_compiler_for_the_cpu_operators(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (text,) = texts(config)
+    assert "g++" in text and "c++" in text
+    compiler = tmp_path / "my-compiler"
+    compiler.write_text("", encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{compiler} -O2")
+    assert texts(config) == []
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "CXX=no-such-compiler" in texts(config)[0]
+
+
+def test_no_such_checkpoint_to_resume_from(config: Config) -> None:
+    (text,) = texts(changed(config, "checkpoint", resume="/nowhere"))
+    assert "checkpoint.resume=/nowhere" in text
+
+
+def test_run_folder_of_another_config(config: Config) -> None:
+    folder = Path(config.run.dir)
+    configs.save(config, folder)
+    (folder / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    assert texts(config) == []
+    other = changed(changed(config, "optim", lr=0.5), "model", num_layers=3)
+    (text,) = texts(other)
+    assert "optim.lr is 0.001 there, 0.5 now" in text and "model.num_layers is 6 there, 3 now" in text
+    assert "run.name" in text and str(folder) in text
+
+
+def test_run_that_failed_before_its_first_step_may_be_corrected(config: Config) -> None:
+    configs.save(config, config.run.dir)
+    assert texts(changed(config, "optim", lr=0.5)) == []
+    (Path(config.run.dir) / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert len(texts(changed(config, "optim", lr=0.5))) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "values"),
+    [
+        ("cluster", {"procs_per_node": 2}),
+        ("tracker", {"mode": "online"}),
+        ("checkpoint", {"interval": 7, "keep": 9, "resume": "never"}),
+        ("eval", {"interval": 3}),
+        ("train", {"recompute": "full"}),
+        ("data", {"num_workers": 0}),
+    ],
+)
+def test_what_a_run_may_change(config: Config, group: str, values: dict[str, Any]) -> None:
+    assert differences(config, changed(config, group, **values)) == []
+
+
+def test_only_a_constant_schedule_goes_on_for_longer(config: Config) -> None:
+    assert differences(config, changed(config, "train", num_steps=301)) == [("train.num_steps", 300, 301)]
+    constant = dataclasses.replace(config, schedule=ScheduleConfig(name="constant"))
+    assert differences(constant, changed(constant, "train", num_steps=301)) == []
+    assert differences(constant, changed(constant, "train", num_steps=299)) == [("train.num_steps", 300, 299)]
+
+
+def test_reads_only(config: Config, tmp_path: Path) -> None:
+    before = sorted(os.listdir(tmp_path))
+    preflight(config, prepared=True)
+    assert sorted(os.listdir(tmp_path)) == before

@@ -1,0 +1,64 @@
+"""The recorder: what the training loop calls, and what is then in the run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bigtrain.telemetry.metrics import read_metrics
+
+from .records import record_steps, recorder_of
+
+TRAIN_FIELDS = {"kind", "step", "tokens", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_second", "mfu"}
+EVAL_FIELDS = {"kind", "step", "loss", "perplexity", "bits_per_byte"}
+
+
+def test_the_fields_are_those_of_the_contract(tmp_path: Path) -> None:
+    with recorder_of(tmp_path / "run") as recorder:
+        record_steps(recorder, range(1, 3))
+        recorder.evaluation(2, loss=2.0, perplexity=7.389, bits_per_byte=None)
+        recorder.event("save", step=2, seconds=0.5)
+    first, second, held_out, event = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert set(first) == set(second) == TRAIN_FIELDS
+    assert set(held_out) == EVAL_FIELDS
+    assert event == {"kind": "event", "name": "save", "step": 2, "seconds": 0.5}
+
+
+def test_a_resumed_run_has_the_lines_of_one_that_ran_through(tmp_path: Path) -> None:
+    with recorder_of(tmp_path / "through") as recorder:
+        record_steps(recorder, range(1, 41))
+    killed = recorder_of(tmp_path / "killed")
+    record_steps(killed, range(1, 28), offset=1e-9)
+    record_steps(killed, range(28, 29), offset=1e-9)
+    (tmp_path / "again").mkdir()
+    # What is on the disk when the process is killed while it writes step 29; steps 1 to 20 are in the checkpoint.
+    with recorder_of(tmp_path / "again") as recorder:
+        record_steps(recorder, range(1, 21))
+    path = tmp_path / "again" / "metrics.jsonl"
+    lost = (tmp_path / "killed" / "metrics.jsonl").read_bytes().splitlines(keepends=True)[20:]
+    path.write_bytes(path.read_bytes() + b"".join(lost) + b'{"kind": "train", "step": 29, "tok')
+    with recorder_of(tmp_path / "again", resume_step=20) as recorder:
+        record_steps(recorder, range(21, 41))
+
+    def lines(folder: str) -> list[bytes]:
+        return [line for line in (tmp_path / folder / "metrics.jsonl").read_bytes().splitlines() if b"train" in line]
+
+    assert lines("again") == lines("through")
+    events = [record for record in read_metrics(path) if record["kind"] == "event"]
+    assert events == [{"kind": "event", "name": "resume", "step": 20, "lines_removed": 8, "lines_unreadable": 1}]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with recorder_of(tmp_path / "run", is_writer=False) as recorder:
+        record_steps(recorder, range(1, 3))
+        recorder.evaluation(2, loss=2.0, perplexity=7.4, bits_per_byte=1.0)
+        recorder.event("save", step=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_leaves_the_file_complete_and_goes_on_up(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), recorder_of(tmp_path) as recorder:
+        record_steps(recorder, range(1, 3))
+        raise RuntimeError("boom")
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2

@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""Turn text into shards of tokens to train on, look at them, or prove that they are whole."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bigtrain.config.errors import UserError
+from bigtrain.data.build import SHARD_TOKENS, BuildOptions, build
+from bigtrain.data.shards import Dataset
+from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.verify import splits_of, verify
+from bigtrain.data.workers import default_workers
+
+EXAMPLES = """examples:
+  python tools/shards.py build corpus/ --tokenizer corpus.model --out data/corpus
+  python tools/shards.py build 'web/*.jsonl.gz' --field body --held-out 0.01 --tokenizer t.model --out data/web
+  python tools/shards.py inspect data/corpus
+  python tools/shards.py verify data/corpus
+  python -m bigtrain.launch data=shards data.prepare.out=data/corpus        # train on them
+
+Files ending in .jsonl and .jsonl.gz hold a document a line, any other file is one document. OUT gets train/ and valid/,
+each a folder of WebDataset tars with an index. A document's text alone decides on which side it is."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def build_command(options: argparse.Namespace) -> int:
+    report = build(
+        BuildOptions(
+            inputs=options.inputs,
+            exclude=options.exclude,
+            field=options.field,
+            held_out=options.held_out,
+            seed=options.seed,
+            shard_tokens=options.shard_tokens,
+        ),
+        tokenizer=Tokenizer.load(options.tokenizer),
+        out=options.out,
+        num_workers=options.workers,
+    )
+    for line in report.lines():
+        print(f"{options.out}: {line}")
+    return 0
+
+
+def inspect_command(options: argparse.Namespace) -> int:
+    console = Console()
+    for folder in splits_of(Path(options.folder)):
+        dataset = Dataset.open(folder)
+        index = dataset.index
+        table = Table(title=str(folder), title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")
+        for name, value in {
+            "documents": f"{index.num_documents:,}",
+            "tokens": f"{index.num_tokens:,} ({index.dtype}, vocabulary {index.vocab_size:,})",
+            "text": f"{index.text_bytes:,} bytes, {index.text_bytes / index.num_tokens:.2f} a token",
+            "shards": f"{len(index.shards):,}, {sum(shard.size_bytes for shard in index.shards):,} bytes",
+            "tokenizer": index.tokenizer,
+            "fingerprint": dataset.fingerprint,
+            "dropped": ", ".join(f"{count:,} {reason}" for reason, count in index.dropped.items()) or "none",
+            **{f"built: {name}": str(value) for name, value in index.made.items()},
+        }.items():
+            table.add_row(name, escape(value))
+        console.print(table)
+        _show_first_document(console, dataset, options.characters)
+    return 0
+
+
+def _show_first_document(console: Console, dataset: Dataset, characters: int) -> None:
+    key, metadata = dataset.describe(0)
+    tokens = dataset.tokens(0)
+    console.print(f"first document: {key}, {len(tokens)} tokens, from {metadata['source']}", markup=False)
+    console.print(dataset.tokenizer.decode(tokens.tolist())[:characters], markup=False, highlight=False, style="dim")
+
+
+def verify_command(options: argparse.Namespace) -> int:
+    bad = False
+    for folder in splits_of(Path(options.folder)):
+        problems = verify(folder)
+        for problem in problems:
+            print(f"damaged: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"{folder}: whole, {len(Dataset.open(folder)):,} documents")
+        bad = bad or bool(problems)
+    return 1 if bad else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="build | inspect | verify")
+
+    command = commands.add_parser("build", help="text -> OUT/train and OUT/valid")
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or quoted glob of text or JSON lines")
+    command.add_argument("--tokenizer", required=True, metavar="FILE", help="sentencepiece model (tools/tokenizer.py)")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder to make; it must not be there")
+    command.add_argument("--field", default="text", help="key of the text in JSON lines (text)")
+    command.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="paths to leave out")
+    command.add_argument("--held-out", type=float, default=0.05, help="share of documents for valid/ (0.05)")
+    command.add_argument("--seed", type=int, default=0, help="of the shuffle (0)")
+    command.add_argument(
+        "--shard-tokens", type=int, default=SHARD_TOKENS, help=f"tokens after which a shard ends ({SHARD_TOKENS:,})"
+    )
+    command.add_argument("--workers", type=int, default=default_workers(), help="processes; 0: this one (all cores)")
+    command.set_defaults(run=build_command)
+
+    command = commands.add_parser("inspect", help="what is there, and the first document as text")
+    command.add_argument("folder", metavar="DIR", help="a built folder, or its train/ or valid/")
+    command.add_argument("--characters", type=int, default=400, help="of the first document to show (400)")
+    command.set_defaults(run=inspect_command)
+
+    command = commands.add_parser("verify", help="read every byte against the index; exit status 1 on damage")
+    command.add_argument("folder", metavar="DIR", help="a built folder, or its train/ or valid/")
+    command.set_defaults(run=verify_command)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

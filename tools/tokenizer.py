@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Train a tokenizer on text, or look at one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from bigtrain.config.errors import UserError
+from bigtrain.data import readers, tokenizer
+from bigtrain.data.prepare import training_texts
+from bigtrain.data.tokenizer import SAMPLE_BYTES, Tokenizer
+
+EXAMPLES = """examples:
+  python tools/tokenizer.py train corpus/ --vocab-size 32000 --out corpus.model
+  python tools/tokenizer.py train 'books/**/*.txt' web.jsonl.gz --kind unigram --vocab-size 8192 --out t.model
+  python tools/tokenizer.py inspect corpus.model --text 'def f(x): return x'
+
+It gives back every byte of any UTF-8 text. The same inputs and options give the same file. Files ending in .jsonl and
+.jsonl.gz hold a document a line, any other file is one document."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(options: argparse.Namespace) -> None:
+    files = readers.find_files(options.inputs, options.exclude)
+    texts = training_texts(files, field=options.field, held_out=options.held_out, progress=True)
+    sample_bytes = options.sample_mb * 1_000_000 if options.sample_mb else None
+    model = tokenizer.train(
+        texts, vocab_size=options.vocab_size, kind=options.kind, seed=options.seed, sample_bytes=sample_bytes
+    )
+    tokenizer.save(model, options.out)
+    print(f"wrote {options.out}: {options.kind}, {options.vocab_size} pieces, from {len(files)} files")
+
+
+def inspect(options: argparse.Namespace) -> None:
+    for name, value in tokenizer.describe(Tokenizer.load(options.file), options.text):
+        print(f"{name:<16} {value}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="train | inspect")
+
+    command = commands.add_parser("train", help="train a sentencepiece model with byte fallback")
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or quoted glob of text or JSON lines")
+    command.add_argument("--vocab-size", type=int, required=True, help="pieces, specials and 256 byte pieces included")
+    command.add_argument("--out", required=True, metavar="FILE", help="model file to write")
+    command.add_argument("--kind", choices=sorted(SAMPLE_BYTES), default="bpe", help="algorithm (bpe)")
+    command.add_argument("--field", default="text", help="key of the text in JSON lines (text)")
+    command.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="paths to leave out")
+    command.add_argument(
+        "--held-out", type=float, default=0.05, help="share of documents not to see, as of tools/shards.py (0.05)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    command.add_argument("--sample-mb", type=int, help="text to train on at most, in MB (bpe 67, unigram 4)")
+    command.set_defaults(run=train)
+
+    command = commands.add_parser("inspect", help="size, special tokens, longest pieces, and how it cuts a text")
+    command.add_argument("file", metavar="FILE", help="sentencepiece model file")
+    command.add_argument("--text", default="for i in range(10):\n    print(i)\n", help="text to cut")
+    command.set_defaults(run=inspect)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
