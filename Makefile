@@ -16,10 +16,6 @@ install: $(STAMP)  ## .venv with bigtrain and everything it needs
 $(STAMP): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: $(PYTHON) is missing or older than Python 3.11; name a newer one: make install PYTHON=python3.11" >&2; exit 2; }
-	@command -v g++ >/dev/null \
-	  || { echo "error: no C++ compiler (g++), which DeepSpeed's operators need; on Debian or Ubuntu: apt-get install g++" >&2; exit 2; }
-	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' \
-	  || { echo "error: no Python.h for $(PYTHON), which DeepSpeed's operators need; on Debian or Ubuntu: apt-get install python3-dev" >&2; exit 2; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv \
 	  || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	@echo "installing into .venv; the first time takes minutes"

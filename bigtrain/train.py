@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from bigtrain.config.errors import UserError
@@ -20,6 +21,8 @@ def main(arguments: list[str]) -> int:
         print(__doc__.strip() if __doc__ else "", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     is_main = os.environ.get("RANK", "0") == "0"
+    for vendor in ("megatron", "deepspeed", r"torch\.distributed"):  # what they say to their developers, at each call
+        warnings.filterwarnings("ignore", module=vendor)
     try:
         config = load(arguments[0])
         console = Console(enabled=is_main, log_interval=config.tracker.log_interval)

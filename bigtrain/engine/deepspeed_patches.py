@@ -5,6 +5,7 @@ Each names the line that it works around. `tests/unit/test_vendor_patches.py` fa
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ KNOWN_VERSIONS = ("0.19.8",)
 
 def apply(sharding_group: Any) -> None:
     """Patch DeepSpeed for ranks that run different modules. Applying it again replaces the group."""
-    from deepspeed.comm import torch as comm_torch
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
     # comm/torch.py:207 compiles a shared-memory all-reduce on a CPU, which only inference uses (:293); it wants a
     # compiler on every machine and takes all ranks for ranks of one machine.
-    comm_torch.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    backend = import_module("deepspeed.comm.torch")  # as an attribute of deepspeed.comm it is torch itself
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
 
     # zero/utils.py:114 compares over the whole world, so stages with different modules deadlock or fail; ZeRO needs
     # agreement only among the ranks that share parameters.

@@ -59,7 +59,11 @@ def continue_text(
         window = torch.tensor([ids[-loaded.model.max_positions :]], device=loaded.device)
         positions = torch.arange(window.shape[1], device=loaded.device)[None]
         logits_BSV = loaded.decoder(window, positions, None)
-        following = int(choose(logits_BSV[:, -1], temperature=temperature, top_k=top_k, generator=generator).item())
+        following = int(
+            choose(
+                logits_BSV[:, -1, : tokenizer.vocab_size], temperature=temperature, top_k=top_k, generator=generator
+            ).item()
+        )
         if following == tokenizer.eos_id:
             return
         ids.append(following)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
-import shlex
-import shutil
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -95,7 +91,6 @@ def _resume(config: Config) -> Iterator[Problem]:
 def _device(config: Config) -> Iterator[Problem]:
     cluster = config.cluster
     if cluster.device == "cpu":
-        yield from _compiler()
         return
     if machine.torch_is_cpu_build():
         message = "the installed torch is a build without CUDA"
@@ -108,20 +103,6 @@ def _device(config: Config) -> Iterator[Problem]:
         fix = f"Set cluster.procs_per_node={found}" if found else "Set cluster.device=cpu"
         message = f"this machine shows {found} GPUs, and every rank needs one"
         yield Problem("cluster.procs_per_node", cluster.procs_per_node, message, fix)
-
-
-def _compiler() -> Iterator[Problem]:
-    """DeepSpeed builds its CPU operators on their first use, with $CXX or c++, against Python's headers."""
-    named = os.environ.get("CXX", "")
-    program = (shlex.split(named) or ["c++"])[0]
-    if shutil.which(program) is None:
-        message = "DeepSpeed builds its CPU operators with a C++ compiler, and there is none by this name"
-        fix = "Install g++ (Debian, Ubuntu: apt-get install g++), or set the environment variable CXX to a compiler"
-        yield Problem("CXX", named or "c++", message, fix)
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    if not headers.is_file():
-        message = "DeepSpeed builds its CPU operators against Python's headers, and they are missing"
-        yield Problem("Python.h", headers, message, "Install them (Debian, Ubuntu: apt-get install python3-dev)")
 
 
 def _inputs(config: Config) -> Iterator[Problem]:

@@ -151,10 +151,6 @@ def test_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
     assert "model.vocab_size=4096" in refused(tmp_path, CPU, *data(tmp_path, vocab_size=5000))
 
 
-def test_no_compiler(tmp_path: Path) -> None:
-    assert "g++" in refused(tmp_path, CPU, *data(tmp_path), PATH=str(tmp_path), CXX="")
-
-
 def test_more_ranks_than_gpus(tmp_path: Path) -> None:
     message = refused(
         tmp_path, *data(tmp_path), "cluster.device=cuda", "cluster.procs_per_node=4", CUDA_VISIBLE_DEVICES=""

@@ -66,7 +66,7 @@ def test_resolve_takes_a_run_or_its_checkpoints(tmp_path: Path) -> None:
 def test_a_state_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     made = make(tmp_path, 1)
     (made / folders.STATE).write_text(content)
-    with pytest.raises(UserError, match="state[.]json"):
+    with pytest.raises(UserError, match=r"state\.json"):
         folders.state_of(made)
 
 

@@ -97,18 +97,11 @@ def test_what_preparation_makes_is_not_missing_before_it(config: Config, tmp_pat
     assert "*.md" in text
 
 
-def test_no_compiler_for_the_cpu_operators(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    (text,) = texts(config)
-    assert "g++" in text and "c++" in text
-    compiler = tmp_path / "my-compiler"
-    compiler.write_text("", encoding="utf-8")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", f"{compiler} -O2")
-    assert texts(config) == []
+def test_no_compiler_is_needed(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DeepSpeed's CPU operators would want one; none of them is used (engine/deepspeed_patches.py)."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "CXX=no-such-compiler" in texts(config)[0]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert texts(config) == []
 
 
 def test_no_such_checkpoint_to_resume_from(config: Config) -> None:
