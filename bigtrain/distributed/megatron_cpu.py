@@ -36,7 +36,7 @@ def apply() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
     # schedules.py:596, 983, 2138: torch.zeros(..., device="cuda")
     schedules.torch = _CpuTorch()
-    # random.py:39-120: the state of the CUDA generator; on a CPU dropout draws from the CPU's.
+    # random.py:41, 72: the state of the CUDA generator; on a CPU dropout draws from the CPU's.
     random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     random._CUDA_RNG_STATE_TRACKER = _cpu_tracker(random.CudaRNGStatesTracker)
@@ -45,7 +45,7 @@ def apply() -> None:
 
 def _cpu_tracker(base: type) -> Any:
     class CpuRNGStatesTracker(base):
-        """random.py:213 (`add`) reads and seeds the CUDA generator; random.py:240 (`fork`) warns where the CPU's state
+        """random.py:217 (`add`) reads and seeds the CUDA generator; random.py:243 (`fork`) warns where the CPU's state
         changes, which here is the point."""
 
         def add(self, name: str, seed: int) -> None:

@@ -102,5 +102,10 @@ class Shard:
         top = row - block.local + block.start
         if len(self.global_shape) == 1:
             return Rectangle((top,), (rows,), flat_start)
-        left = column + sum(block.start for block in self.blocks if self.dim == 1)
+        left = column + self._left
         return Rectangle((top, left), (rows, width), flat_start)
+
+    @property
+    def _left(self) -> int:
+        """Column of the global tensor where the local one begins."""
+        return self.blocks[0].start if self.dim == 1 and self.blocks else 0

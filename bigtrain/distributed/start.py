@@ -69,6 +69,7 @@ def start(config: Config, *, timeout_s: float = 1800.0) -> Runtime:
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"), ("LOCAL_RANK", str(local_rank))):
         os.environ.setdefault(name, value)
     if device.type == "cuda":
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps by the order of launches
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -2,7 +2,7 @@
 
 ZeRO shards over the data-parallel group. ZeRO 0 is ZeRO 1 over a group of one rank: every rank then holds the whole
 optimizer, the engine adds the gradients up itself, and all stages share one code path (DeepSpeed's own stage 0 refuses
-the backward of Megatron's schedules, engine.py:3128).
+the backward of Megatron's schedules, engine.py:3132).
 
 The gradient norm spans `get_model_parallel_group`: tensor and pipeline ranks. `get_model_parallel_rank` decides who
 counts a replicated weight: the first tensor rank of every stage.
@@ -54,7 +54,4 @@ class Mpu:
 
 
 def _group_of_one(runtime: Runtime) -> Any:
-    """Every rank must take part in making every group."""
-    topology = runtime.topology
-    groups = [dist.new_group([rank]) for rank in range(topology.world)]
-    return groups[topology.rank]
+    return dist.new_group([runtime.topology.rank], use_local_synchronization=True)

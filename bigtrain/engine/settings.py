@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bigtrain.config.derive import parameter_count
 from bigtrain.config.schema import Config
 
 KEEP = 10**15
@@ -15,10 +16,14 @@ def deepspeed_config(config: Config, *, keep_gathered: bool) -> dict[str, Any]:
     mode). Gradients are accumulated and reduced in fp32 whatever the weights are.
 
     `keep_gathered`: ZeRO-3 keeps a gathered parameter until the step ends."""
+    weights = parameter_count(config.model).per_rank(config.parallel.tensor)
     zero: dict[str, Any] = {
         "stage": max(config.parallel.zero_stage, 1),  # stage 0 is stage 1 over a group of one: see mpu.py
         "overlap_comm": False,
         "contiguous_gradients": True,
+        # DeepSpeed allocates a whole bucket in every step, so it is no larger than what there is to reduce
+        "reduce_bucket_size": min(weights, 500_000_000),
+        "allgather_bucket_size": 2 * -(-min(weights, 500_000_000) // 2),  # even, as it wants it
         "memory_efficient_linear": False,
     }
     if config.parallel.zero_stage == 3:

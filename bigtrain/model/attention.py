@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from bigtrain.model.pointwise import Rotate, rotary_table
+
 
 def boundaries_of(documents_BS: torch.Tensor) -> torch.Tensor:
     """Start of each document in the flattened batch, then B * S: int32 [documents + 1]. A new row is a new document."""
@@ -44,10 +46,16 @@ class DocumentAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        *,
+        rope_theta: float | None,
     ) -> None:
+        """`rope_theta`: base of the rotary frequencies; None: positions come otherwise."""
         super().__init__()
+        self.rope_theta = rope_theta
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale
+        # Megatron runs all layers in the sharded stream then; a second fork of it would draw the same numbers again
+        self.in_sharded_region = config.sequence_parallel
         self.engine = _transformer_engine(config, layer_number, pg_collection)
 
     def forward(
@@ -60,13 +68,18 @@ class DocumentAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """[S, B, N * D]. `boundaries` arrives through Megatron's ``attention_mask`` argument."""
+        """[S, B, N * D]. `boundaries` arrives through Megatron's ``attention_mask`` argument.
+
+        Rotary positions count through the row: within a document only their differences matter."""
+        if self.rope_theta is not None:
+            table = rotary_table(query_SBND.shape[0], query_SBND.shape[-1], self.rope_theta, query_SBND.device)
+            query_SBND, key_SBGD = (Rotate.apply(x, *table) for x in (query_SBND, key_SBGD))
         dropout = self.dropout if self.training else 0.0
-        if dropout > 0.0:
+        if dropout > 0.0 and not self.in_sharded_region:
             with get_cuda_rng_tracker().fork():  # type: ignore[union-attr]  # heads are sharded, so tensor peers draw apart
                 context = self._attend(query_SBND, key_SBGD, value_SBGD, boundaries, dropout)
         else:
-            context = self._attend(query_SBND, key_SBGD, value_SBGD, boundaries, 0.0)
+            context = self._attend(query_SBND, key_SBGD, value_SBGD, boundaries, dropout)
         return context.flatten(2)
 
     def _attend(

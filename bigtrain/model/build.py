@@ -29,6 +29,7 @@ from bigtrain.distributed.sharding import Shard
 from bigtrain.distributed.start import Runtime
 from bigtrain.model.attention import DocumentAttention
 from bigtrain.model.norms import LayerNorm, RMSNorm
+from bigtrain.model.pointwise import SwiGLU
 from bigtrain.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,6 +45,20 @@ class Decoder(GPTModel):
         labels_SB = labels.transpose(0, 1)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels_SB.flatten(), reduction="none")
         return losses.view(labels_SB.shape).transpose(0, 1)
+
+
+class FeedForward(MLP):
+    """Megatron's, with SwiGLU in few passes over memory on a CPU; on a GPU Megatron compiles its own."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        if hidden_states.is_cuda or not self.config.gated_linear_unit:
+            return super().forward(hidden_states, *args, **kwargs)
+        both, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(SwiGLU.apply(both if bias is None else both + bias))
 
 
 def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
@@ -96,19 +111,17 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 def layer_spec(model: ModelConfig) -> ModuleSpec:
     """Pre-norm attention and feed-forward; every layer is alike."""
     norm = _norm(model)
+    theta = model.rope_theta if model.position == "rope" else None
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=DocumentAttention,
+            core_attention=partial(DocumentAttention, rope_theta=theta),
             linear_proj=RowParallelLinear,
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
         ),
-    )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -117,7 +130,7 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,  # type: ignore[arg-type]  # a function is what it calls
             pre_mlp_layernorm=norm,
-            mlp=mlp,
+            mlp=FeedForward,
             mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
         ),
     )
@@ -144,8 +157,7 @@ def build(config: Config, runtime: Runtime) -> Decoder:
         pre_process=topology.is_first_stage,
         post_process=topology.is_last_stage,
         share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="rope" if model.position == "rope" else "learned_absolute",
-        rotary_base=model.rope_theta,  # type: ignore[arg-type]
+        position_embedding_type="none" if model.position == "rope" else "learned_absolute",  # rope: in the attention
         pg_collection=runtime.groups,
     )
 

@@ -17,8 +17,12 @@ class StopSignal:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self.received: str | None = None
-        """Name of the signal that this rank got."""
+        self._number = 0
+
+    @property
+    def received(self) -> str | None:
+        """Name of the signal that this rank got, or that another got and `agreed` told of."""
+        return signal.Signals(self._number).name if self._number else None
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -26,10 +30,12 @@ class StopSignal:
 
     def agreed(self) -> bool:
         """Collective: one small all-reduce, on the host where there is a GPU, so that no kernel is waited for."""
-        flag = torch.tensor([int(self.received is not None)], dtype=torch.int32)
-        self._runtime.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        flag = torch.tensor([self._number], dtype=torch.int32)
+        number = int(self._runtime.all_reduce(flag, op=dist.ReduceOp.MAX).item())
+        if number:  # else leave it: a signal that came during the all-reduce counts at the next step
+            self._number = number
+        return number != 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self._number = number
         signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,130 @@
+"""What bigtrain works around in its vendors is still there, at the lines that the comments name.
+
+When a test here fails after an upgrade, the vendor has changed that place: remove the patch, or make it anew. Only the
+vendors' sources are read; nothing of them is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+import bigtrain
+from bigtrain.config.errors import UserError
+from bigtrain.engine import vendor
+
+MEGATRON, DEEPSPEED = "megatron-core", "deepspeed"
+FILES = {
+    "rotary_pos_embedding.py": (MEGATRON, "megatron/core/models/common/embeddings/rotary_pos_embedding.py"),
+    "mappings.py": (MEGATRON, "megatron/core/tensor_parallel/mappings.py"),
+    "p2p_communication.py": (MEGATRON, "megatron/core/pipeline_parallel/p2p_communication.py"),
+    "schedules.py": (MEGATRON, "megatron/core/pipeline_parallel/schedules.py"),
+    "random.py": (MEGATRON, "megatron/core/tensor_parallel/random.py"),
+    "torch_norm.py": (MEGATRON, "megatron/core/transformer/torch_norm.py"),
+    "comm/torch.py": (DEEPSPEED, "deepspeed/comm/torch.py"),
+    "zero/utils.py": (DEEPSPEED, "deepspeed/runtime/zero/utils.py"),
+    "engine.py": (DEEPSPEED, "deepspeed/runtime/engine.py"),
+}
+CITED = {
+    ("distributed/megatron_cpu.py", "rotary_pos_embedding.py", 162): "torch.cuda.current_device()",
+    ("distributed/megatron_cpu.py", "mappings.py", 91): "torch.cuda.current_device()",
+    ("distributed/megatron_cpu.py", "p2p_communication.py", 313): "torch.cuda.current_device()",
+    ("distributed/megatron_cpu.py", "schedules.py", 596): 'torch.zeros([], dtype=torch.int, device="cuda")',
+    ("distributed/megatron_cpu.py", "schedules.py", 983): 'torch.zeros([], dtype=torch.int, device="cuda")',
+    ("distributed/megatron_cpu.py", "schedules.py", 2138): 'torch.zeros([], dtype=torch.int, device="cuda")',
+    ("distributed/megatron_cpu.py", "random.py", 41): "def _get_cuda_rng_state(",
+    ("distributed/megatron_cpu.py", "random.py", 72): "def _set_cuda_rng_state(",
+    ("distributed/megatron_cpu.py", "random.py", 217): "def add(",
+    ("distributed/megatron_cpu.py", "random.py", 243): "def fork(",
+    ("engine/deepspeed_patches.py", "comm/torch.py", 207): "self.shm_comm_op = build_shm_op()",
+    ("engine/deepspeed_patches.py", "comm/torch.py", 293): "torch.ops.deepspeed, 'inference_all_reduce_'",
+    ("engine/deepspeed_patches.py", "zero/utils.py", 114): "def assert_ints_same_as_other_ranks(",
+    ("engine/mpu.py", "engine.py", 3132): "using ZeRO stage 0",
+    ("model/norms.py", "torch_norm.py", 32): "assert not config.sequence_parallel",
+}
+"""(our file, the vendor's file, line) and what must stand there."""
+CITATION = re.compile(r"((?:\w+/)?\w+\.py):(\d+(?:, \d+)*)|\(:(\d+)\)")
+
+
+@cache
+def lines(file: str) -> list[str]:
+    package, path = FILES[file]
+    return Path(str(distribution(package).locate_file(path))).read_text(encoding="utf-8").splitlines()
+
+
+def function(file: str, name: str, within: str | None = None) -> str:
+    """Source of a function, or of the method of a class."""
+    source = "\n".join(lines(file))
+    scope: ast.AST = ast.parse(source)
+    if within is not None:
+        scope = next(node for node in ast.walk(scope) if isinstance(node, ast.ClassDef) and node.name == within)
+    found = next(node for node in ast.walk(scope) if isinstance(node, ast.FunctionDef) and node.name == name)
+    return ast.get_source_segment(source, found) or ""
+
+
+@pytest.mark.parametrize(("ours", "file", "line"), CITED)
+def test_the_line_is_there(ours: str, file: str, line: int) -> None:
+    assert CITED[ours, file, line] in lines(file)[line - 1]
+
+
+def test_every_line_that_we_name_is_known_here() -> None:
+    root = Path(bigtrain.__file__).parent
+    named: set[tuple[str, str, int]] = set()
+    for path in [*root.glob("distributed/*.py"), *root.glob("engine/*.py"), *root.glob("model/*.py")]:
+        file = ""
+        for match in CITATION.finditer(path.read_text(encoding="utf-8")):
+            file = match[1] or file
+            numbers = (match[2] or match[3]).split(", ")
+            named |= {(str(path.relative_to(root)), file, int(number)) for number in numbers}
+    assert named == set(CITED)
+
+
+def test_megatrons_schedules_ask_for_cuda_by_name() -> None:
+    """And nowhere but in the `torch.zeros` that `_CpuTorch` answers."""
+    device = re.compile(r"""device=["']cuda""")
+    assert [number for number, line in enumerate(lines("schedules.py"), 1) if device.search(line)] == [596, 983, 2138]
+
+
+def test_megatrons_tracker_keeps_states_of_the_gpu() -> None:
+    assert "torch.cuda.get_rng_state()" in function("random.py", "add", within="CudaRNGStatesTracker")
+    assert "CPU RNG state changed" in function("random.py", "fork", within="CudaRNGStatesTracker")
+    assert "torch.cuda.random.get_rng_state" in function("random.py", "_get_cuda_rng_state")
+    assert "torch.cuda.default_generators" in function("random.py", "_set_cuda_rng_state")
+    for name in ("_CUDA_RNG_STATE_TRACKER = None", "_CUDA_RNG_STATE_TRACKER_INITIALIZED = False"):
+        assert name in lines("random.py"), "what `apply` sets is no longer what Megatron reads"
+
+
+def test_deepspeed_compiles_a_shared_memory_all_reduce_at_start() -> None:
+    assert "build_shm_op()" in function("comm/torch.py", "__init__", within="TorchBackend")
+    uses = [line for line in lines("comm/torch.py") if "self.shm_comm_op" in line]
+    inits = [line for line in function("comm/torch.py", "__init__", "TorchBackend").splitlines() if "shm_comm_op" in line]
+    assert len(uses) == len(inits), "something beside the constructor uses it now, so it must not be left out"
+
+
+def test_deepspeed_compares_over_the_whole_world() -> None:
+    assert "dist.broadcast(lst_tensor, src=0, async_op=False)" in function("zero/utils.py", "get_lst_from_rank0")
+    assert "group" not in function("zero/utils.py", "assert_ints_same_as_other_ranks")
+
+
+def test_the_coordinator_reads_the_name_that_we_replace() -> None:
+    path = distribution(DEEPSPEED).locate_file("deepspeed/runtime/zero/partitioned_param_coordinator.py")
+    tree = ast.parse(Path(str(path)).read_text(encoding="utf-8"))
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert "assert_ints_same_as_other_ranks" in called
+
+
+def test_the_installed_versions_are_known() -> None:
+    vendor.check_versions()
+
+
+@pytest.mark.parametrize("package", [MEGATRON, DEEPSPEED])
+def test_another_version_is_refused(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = vendor.version
+    monkeypatch.setattr(vendor, "version", lambda name: "99.0" if name == package else real(name))
+    with pytest.raises(UserError, match=rf"{package} 99\.0 is installed, .*pip install {package}=={real(package)}"):
+        vendor.check_versions()

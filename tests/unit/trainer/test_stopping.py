@@ -1,0 +1,68 @@
+"""Signals set a flag, and a second one kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from bigtrain.trainer.stopping import StopSignal
+
+
+class Ranks:
+    """All-reduces with what the other ranks hold."""
+
+    def __init__(self, others: int = 0) -> None:
+        self.others = others
+
+    def all_reduce(self, tensor: torch.Tensor, *, op: Any = None, group: Any = None) -> torch.Tensor:
+        return tensor.clamp_(min=self.others)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_remembered(number: signal.Signals) -> None:
+    stop = StopSignal(Ranks())  # type: ignore[arg-type]
+    stop.install()
+    assert stop.received is None and not stop.agreed()
+    os.kill(os.getpid(), number)
+    assert stop.received == number.name
+    assert stop.agreed()
+
+
+def test_a_second_signal_is_not_caught() -> None:
+    stop = StopSignal(Ranks())  # type: ignore[arg-type]
+    stop.install()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+
+
+def test_a_signal_of_another_rank_stops_this_one_and_is_named() -> None:
+    stop = StopSignal(Ranks(others=int(signal.SIGTERM)))  # type: ignore[arg-type]
+    assert stop.agreed()
+    assert stop.received == "SIGTERM"
+
+
+def test_a_signal_during_the_agreement_counts_at_the_next_step() -> None:
+    class Late(Ranks):
+        def all_reduce(self, tensor: torch.Tensor, *, op: Any = None, group: Any = None) -> torch.Tensor:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return tensor
+
+    stop = StopSignal(Late())  # type: ignore[arg-type]
+    stop.install()
+    assert not stop.agreed()
+    stop._runtime = Ranks()  # type: ignore[assignment]
+    assert stop.agreed()
