@@ -95,7 +95,8 @@ def _finish(config: Config) -> int:
     print("\n".join(["", *outcome.summary(run_dir)]), flush=True)
     if checkpoint is not None:
         print(f"{'checkpoint':<14} {outcome.short(checkpoint)}\n\nthe model writes:", flush=True)
-        local.run([outcome.generate_command(checkpoint)])
+        if status := local.run([outcome.generate_command(config, checkpoint)]):
+            return status
     print("\n".join(["", *outcome.next_steps(config, checkpoint)]))
     return 0
 

@@ -105,7 +105,7 @@ def build_llama(model: ModelConfig, *, attention: str = "sdpa") -> LlamaForCausa
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
-        attn_implementation=attention,
+        attn_implementation=attention,  # type: ignore[call-arg]
     )
     return LlamaForCausalLM(config).float()
 
@@ -139,7 +139,7 @@ def build_gpt2(model: ModelConfig, *, attention: str = "sdpa") -> GPT2LMHeadMode
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
-        attn_implementation=attention,
+        attn_implementation=attention,  # type: ignore[call-arg]
     )
     return GPT2LMHeadModel(config).float()
 

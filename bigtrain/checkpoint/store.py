@@ -58,10 +58,7 @@ def load(folder: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
     wanted = state_dict_of(fragments, only_owned=False)
     state = folders.state_of(folder)
     check_shapes(folder, {name: tensor.shape for name, tensor in wanted.items()})
-    try:
-        dcp.load(wanted, storage_reader=SafeReader(folder))
-    except CheckpointException as error:
-        raise UserError(f"checkpoint {folder}: it cannot be read: {_first_cause(error)}") from error
+    _read(folder, wanted)
     return state
 
 
@@ -69,7 +66,7 @@ def load_full(folder: Path, kind: str = "weight") -> dict[str, torch.Tensor]:
     """Every global tensor of one kind, whole, on this process alone. No process group is needed."""
     names = tensors_in(folder)
     tensors = {name: torch.empty(size) for name, size in names.items() if name.startswith(f"{kind}.")}
-    dcp.load(cast("dict[str, Any]", tensors), storage_reader=SafeReader(folder), no_dist=True)
+    _read(folder, cast("dict[str, Any]", tensors), no_dist=True)
     return {name.removeprefix(f"{kind}."): tensor for name, tensor in tensors.items()}
 
 
@@ -86,6 +83,15 @@ def check_shapes(folder: Path, wanted: dict[str, torch.Size]) -> None:
             raise UserError(
                 f"checkpoint {folder}: {name} has shape {tuple(there[name])}, this model wants {tuple(shape)}"
             )
+
+
+def _read(folder: Path, tensors: dict[str, Any], *, no_dist: bool = False) -> None:
+    try:
+        dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=no_dist)
+    except CheckpointException as error:
+        raise UserError(f"checkpoint {folder}: it cannot be read: {_first_cause(error)}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # torch says it so where there is one process
+        raise UserError(f"checkpoint {folder}: it cannot be read: {error}") from error
 
 
 def _first_cause(error: CheckpointException) -> str:

@@ -111,6 +111,7 @@ _RANGES: tuple[tuple[str, str, float], ...] = (
     *((key, ">=", 1) for key in _AT_LEAST_ONE),
     *((key, ">=", 0) for key in _NOT_NEGATIVE),
     ("train.sequence_length", ">=", 2),
+    ("train.stop_after", ">=", 1),
     ("parallel.zero_stage", "<=", 3),
     ("model.rope_theta", ">", 0),
     ("model.norm_eps", ">", 0),

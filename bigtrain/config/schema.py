@@ -217,7 +217,8 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     resume: str = "auto"
-    """auto: from the newest committed checkpoint of the run's folder, if any; never; or a checkpoint's path."""
+    """Where a run without checkpoints of its own starts: auto and never afresh, or a checkpoint's path. A run that has
+    some goes on from its newest; never then refuses to start."""
 
 
 @dataclass(frozen=True)

@@ -108,4 +108,4 @@ class Shard:
     @property
     def _left(self) -> int:
         """Column of the global tensor where the local one begins."""
-        return self.blocks[0].start if self.dim == 1 and self.blocks else 0
+        return next((block.start for block in self.blocks), 0) if self.dim == 1 else 0

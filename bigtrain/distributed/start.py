@@ -48,6 +48,8 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if count == 1:  # the cluster shows every rank its own
+        return torch.device("cuda", 0)
     if local_rank >= count:
         raise UserError(
             f"cluster.device={wanted}: local rank {local_rank} has no GPU, this machine shows {count}. "
@@ -60,6 +62,8 @@ def start(config: Config, *, timeout_s: float = 1800.0) -> Runtime:
     """Join the process group and make Megatron's groups for `config.parallel`.
 
     Raises UserError where the layout does not divide the world, or the device is not there."""
+    if config.parallel.tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps by the order of launches
     rank, world, local_rank = rank_of_environment()
     device = choose_device(config.cluster.device, local_rank)
     try:
@@ -69,7 +73,7 @@ def start(config: Config, *, timeout_s: float = 1800.0) -> Runtime:
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"), ("LOCAL_RANK", str(local_rank))):
         os.environ.setdefault(name, value)
     if device.type == "cuda":
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron overlaps by the order of launches
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes its device from it
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -80,7 +84,6 @@ def start(config: Config, *, timeout_s: float = 1800.0) -> Runtime:
             world_size=world,
             timeout=timedelta(seconds=timeout_s),
             store=dist.HashStore() if world == 1 else None,  # alone, no port is needed
-            device_id=device if device.type == "cuda" else None,
         )
     return Runtime(topology, device, _megatron_groups(config, device))
 

@@ -32,8 +32,7 @@ def apply(sharding_group: Any) -> None:
 
 
 def _assert_same_in_group(ints: list[int], group: Any) -> None:
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    mine = torch.tensor([len(ints), hash(tuple(ints)) & 0x7FFFFFFF], dtype=torch.int64, device=device)
+    mine = torch.tensor([len(ints), hash(tuple(ints)) & 0x7FFFFFFF], dtype=torch.int64)  # on the host: gloo
     low, high = mine.clone(), mine.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)

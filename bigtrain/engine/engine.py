@@ -105,6 +105,7 @@ class Engine:
         stage.before_backward = self.optimizer.clear_backward_seen_flag
         self._handle = _Handle(self.decoder, self._deepspeed)
         self._schedule = get_forward_backward_func()
+        seed_step(config.run.seed, 0, runtime.topology)  # sequence parallelism forks a stream in evaluations too
         self.steps_taken = 0
         self.grad_norm = 0.0
         """Of the last step, before clipping."""
@@ -130,7 +131,7 @@ class Engine:
 
     def _sum_over_tensor_group(self, gradient: torch.Tensor) -> torch.Tensor:
         """Each tensor rank saw a part of the sequence. A hook on the leaf runs before DeepSpeed reduces."""
-        return self.runtime.all_reduce(gradient.contiguous(), group=self.runtime.groups.tp)
+        return self.runtime.all_reduce(gradient.float().contiguous(), group=self.runtime.groups.tp).to(gradient.dtype)
 
     def forward_backward(self, microbatches: Sequence[Microbatch]) -> LossSum:
         """Add the gradient of this step's loss. `microbatches`: this data rank's share of the global batch."""
@@ -149,7 +150,7 @@ class Engine:
 
     def optimizer_step(self, lr: float) -> float:
         """Reduce the gradients over the data ranks, clip, update with learning rate `lr`. Returns the global gradient
-        norm before clipping: the one wait for the device in a step."""
+        norm before clipping, inf where DeepSpeed skipped the update for a gradient that is not finite."""
         if self.config.parallel.zero_stage == 0 and self.runtime.topology.data > 1:
             self._all_reduce_gradients()
         for group in self.optimizer.param_groups:
@@ -189,12 +190,12 @@ class Engine:
         def step(batches: Iterator[Microbatch], model: _Handle) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
             boundaries = None if batch.single_document else boundaries_of(batch.documents_BS)
-            mask = batch.loss_mask_BS.to(device, torch.float32, non_blocking=True)
+            mask = batch.loss_mask_BS.to(device, torch.float32)
             output = model(
-                input_ids=batch.tokens_BS.to(device, non_blocking=True),
-                position_ids=batch.positions_BS.to(device, non_blocking=True),
-                attention_mask=None if boundaries is None else boundaries.to(device, non_blocking=True),
-                labels=batch.targets_BS.to(device, non_blocking=True),
+                input_ids=batch.tokens_BS.to(device),
+                position_ids=batch.positions_BS.to(device),
+                attention_mask=None if boundaries is None else boundaries.to(device),
+                labels=batch.targets_BS.to(device),
             )
             return output, lambda losses: loss(mask, losses)
 
@@ -212,18 +213,24 @@ class Engine:
         if gradients is None:
             gradients = [p.grad for p in self.decoder.parameters() if p.grad is not None]
         for bucket in _buckets(gradients):
+            if len(bucket) == 1:
+                self.runtime.all_reduce(bucket[0], group=self.runtime.groups.dp)
+                continue
             flat = self.runtime.all_reduce(torch.cat([g.flatten() for g in bucket]), group=self.runtime.groups.dp)
             for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
 
 
 def _buckets(tensors: Sequence[torch.Tensor], elements: int = 1 << 26) -> Iterator[list[torch.Tensor]]:
-    """Neighbours together, up to about `elements`: few collectives, and little memory beside the gradients."""
+    """Neighbours together, up to `elements`: few collectives, and little memory beside the gradients. A tensor that
+    is larger comes alone."""
     bucket: list[torch.Tensor] = []
+    filled = 0
     for tensor in tensors:
-        bucket.append(tensor)
-        if sum(t.numel() for t in bucket) >= elements:
+        if bucket and filled + tensor.numel() > elements:
             yield bucket
-            bucket = []
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.numel()
     if bucket:
         yield bucket

@@ -10,6 +10,7 @@ import torch
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import store
+from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.distributed.start import start
@@ -34,14 +35,18 @@ def load(checkpoint: Path, *, device: str = "auto") -> Loaded:
     Raises UserError where there is no committed checkpoint, or it is damaged."""
     folder = folders.resolve(checkpoint)
     state = folders.state_of(folder)
-    model = ModelConfig(**state["config"]["model"])
+    try:
+        model = ModelConfig(**state["config"]["model"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {folder}: its model is not one that this version knows ({error})") from error
     config = Config(model=model, parallel=ParallelConfig(zero_stage=0), precision=PrecisionConfig(dtype="fp32"))
     runtime = start(replace(config, cluster=replace(config.cluster, device=device)))
     decoder = build(config, runtime).to(runtime.device).eval()
     wanted = {shard.name: parameter for shard, parameter in shards_of(decoder, runtime.topology)}
     store.check_shapes(folder, {f"weight.{name}": parameter.shape for name, parameter in wanted.items()})
     for name, tensor in store.load_full(folder).items():
-        wanted[name].data.copy_(tensor)
+        if name in wanted:
+            wanted[name].data.copy_(tensor)
     return Loaded(decoder, Tokenizer.load(folder / folders.TOKENIZER), model, state["step"], runtime.device)
 
 

@@ -20,7 +20,7 @@ from bigtrain.distributed.start import Runtime
 class Mpu:
     def __init__(self, runtime: Runtime, *, zero_stage: int) -> None:
         self._runtime = runtime
-        self.sharding_group = runtime.groups.dp if zero_stage > 0 else _group_of_one(runtime)
+        self.sharding_group = runtime.groups.dp if zero_stage > 0 else _group_of_one()
 
     def get_data_parallel_group(self) -> Any:
         return self.sharding_group
@@ -53,5 +53,6 @@ class Mpu:
         return self._runtime.topology.tensor_rank
 
 
-def _group_of_one(runtime: Runtime) -> Any:
-    return dist.new_group([runtime.topology.rank], use_local_synchronization=True)
+def _group_of_one() -> Any:
+    group, _ = dist.new_subgroups(group_size=1)
+    return group

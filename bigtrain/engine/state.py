@@ -41,6 +41,11 @@ def fragments(engine: Engine) -> list[Fragment]:
     return _fragments(engine, lambda flat: {"weight": flat.detach(), **{key: state[flat][key] for key in MOMENTS}})
 
 
+def adam_step(engine: Engine) -> int:
+    """Updates that Adam made: steps less those that a gradient without a finite norm made it skip."""
+    return max((int(state["step"].item()) for state in _base(engine).state.values()), default=0)
+
+
 def after_load(engine: Engine, adam_step: int) -> None:
     """Spread loaded fp32 weights to the weights that the forward uses, and set Adam's step count. Collective."""
     optimizer = engine.optimizer

@@ -6,7 +6,6 @@ import ctypes
 import os
 import random
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +39,11 @@ def rank_environment(place: Place, device: str, user: Mapping[str, str] = os.env
         "MASTER_PORT": str(place.port),
         "PYTHONUNBUFFERED": "1",
     }
-    tunable = {"OMP_NUM_THREADS": str(max(1, num_cores() // place.local_world))}
+    threads = int(user.get("SLURM_CPUS_PER_TASK", "0")) or max(1, num_cores() // place.local_world)
+    tunable = {"OMP_NUM_THREADS": str(threads)}
     if device == "cpu":
         tunable |= _malloc_settings()
     names |= {name: value for name, value in tunable.items() if name not in user}
-    # DeepSpeed builds its operators with the ninja beside this Python, also where the environment is not activated.
-    programs = str(Path(sys.executable).parent)
-    if programs not in user.get("PATH", "").split(os.pathsep):
-        names["PATH"] = os.pathsep.join(filter(None, [programs, user.get("PATH", "")]))
     return names
 
 

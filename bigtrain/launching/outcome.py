@@ -10,7 +10,7 @@ from typing import Any
 from bigtrain.config.schema import Config
 from bigtrain.launching.local import Command
 
-PROMPT = "import "
+CODE_PROMPT = "import "
 
 
 def summary(run_dir: Path) -> list[str]:
@@ -21,9 +21,9 @@ def summary(run_dir: Path) -> list[str]:
         return []
     rows: list[tuple[str, str]] = []
     if "steps" in found:
-        took = f" in {found['wall_s']:,.0f} s" if "wall_s" in found else ""
+        took = f"; this launch took {found['wall_s']:,.0f} s" if "wall_s" in found else ""
         loss = f", training loss {found['train_loss']:.4f}" if found.get("train_loss") is not None else ""
-        rows.append(("trained", f"{found['steps']:,} steps, {found.get('tokens', 0):,} tokens{took}{loss}"))
+        rows.append(("trained", f"{found['steps']:,} steps, {found.get('tokens', 0):,} tokens{loss}{took}"))
     held_out, unigram = found.get("eval") or {}, found.get("unigram_nats")
     if held_out.get("loss") is not None:
         bits = f" ({held_out['bits_per_byte']:.3f} bits a byte)" if held_out.get("bits_per_byte") is not None else ""
@@ -43,9 +43,10 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return max((path.parent for path in (run_dir / "checkpoints").glob("step-*/COMMITTED")), default=None)
 
 
-def generate_command(checkpoint: Path) -> Command:
-    """Let the model go on from a prompt."""
-    arguments = [sys.executable, "-m", "bigtrain.generate", f"checkpoint={checkpoint}", f"prompt={PROMPT}"]
+def generate_command(config: Config, checkpoint: Path) -> Command:
+    """Let the model write: from its own beginning, or as code begins where it learned from Python files."""
+    prompt = CODE_PROMPT if any(name.endswith(".py") for name in config.data.prepare.inputs) else ""
+    arguments = [sys.executable, "-m", "bigtrain.generate", f"checkpoint={checkpoint}", f"prompt={prompt}"]
     return Command("generation", arguments)
 
 

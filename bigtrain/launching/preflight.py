@@ -21,6 +21,7 @@ UNCHANGING = [
     "data.num_workers",
     "parallel.gather",
     "train.recompute",
+    "train.stop_after",
     "cluster.",
     "tracker.",
     "checkpoint.",
@@ -82,7 +83,13 @@ def _run_folder(config: Config) -> Iterator[Problem]:
 
 
 def _resume(config: Config) -> Iterator[Problem]:
-    resume = config.checkpoint.resume
+    resume, run_dir = config.checkpoint.resume, Path(config.run.dir)
+    own = sorted(path.parent for path in (run_dir / "checkpoints").glob("step-*/COMMITTED"))
+    named = Path(resume).resolve()
+    is_older_own = named in [path.resolve() for path in own[:-1]]
+    if own and (resume == "never" or is_older_own):
+        message = f"the run's folder has checkpoints up to {own[-1].name}, which starting elsewhere would overwrite"
+        yield Problem("checkpoint.resume", resume, message, "Choose another run.name, or move those away")
     if resume not in ("auto", "never") and "://" not in resume and not Path(resume).is_dir():
         message = "there is no such checkpoint"
         yield Problem("checkpoint.resume", resume, message, "Write auto, never or the folder of a checkpoint")

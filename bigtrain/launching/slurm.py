@@ -94,7 +94,8 @@ def job_parameters(config: Config) -> dict[str, Any]:
         "partition": cluster.partition,
         "account": cluster.account,
         "setup": list(cluster.setup) or None,
-        "srun_args": ["--kill-on-bad-exit=1"],  # one rank that fails ends the others
+        # one rank that fails ends the others; srun does not inherit the cpus of sbatch
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_proc}"],
         "additional_parameters": more,
     }
     set_ones = {name: value for name, value in parameters.items() if value is not None}

@@ -127,13 +127,14 @@ class DocumentAttention(torch.nn.Module):
 
         Not yet run on a GPU."""
         query, key, value = query_key_value
-        if self.engine is not None:
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if self.engine is not None and half:
             context = self.engine(
                 query, key, value, cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries,
                 max_seqlen_q=longest, max_seqlen_kv=longest,
             )  # fmt: skip
             return context.view(query.shape)
-        if dropout > 0.0 or query.dtype not in (torch.bfloat16, torch.float16):
+        if dropout > 0.0 or not half:
             return self._jagged(query_key_value, boundaries, longest, dropout)
         from torch.nn.attention.varlen import varlen_attn
 
@@ -157,8 +158,10 @@ class DocumentAttention(torch.nn.Module):
 
 
 def _transformer_engine(config: TransformerConfig, layer_number: int, groups: Any) -> Any | None:
-    """Transformer Engine's attention for packed documents, or None where it is not installed. Not yet run on a GPU."""
-    if not torch.cuda.is_available() or find_spec("transformer_engine") is None:
+    """Transformer Engine's attention for packed documents, or None on a CPU and where it is not installed.
+
+    It gets no tracker of random states: `DocumentAttention.forward` has forked one. Not yet run on a GPU."""
+    if config.use_cpu_initialization or find_spec("transformer_engine") is None:
         return None
     from transformer_engine.pytorch import DotProductAttention  # type: ignore[import-not-found]
 
@@ -171,6 +174,5 @@ def _transformer_engine(config: TransformerConfig, layer_number: int, groups: An
         attn_mask_type="padding_causal",
         tp_size=config.tensor_model_parallel_size,
         tp_group=groups.tp,
-        get_rng_state_tracker=get_cuda_rng_tracker,
         layer_number=layer_number,
     )

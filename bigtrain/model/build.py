@@ -48,14 +48,14 @@ class Decoder(GPTModel):
 
 
 class FeedForward(MLP):
-    """Megatron's, with SwiGLU in few passes over memory on a CPU; on a GPU Megatron compiles its own."""
+    """Megatron's, with SwiGLU in few passes over memory."""
 
     def __init__(self, config: TransformerConfig) -> None:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        if hidden_states.is_cuda or not self.config.gated_linear_unit:
+        if not self.config.gated_linear_unit:
             return super().forward(hidden_states, *args, **kwargs)
         both, bias = self.linear_fc1(hidden_states)
         return self.linear_fc2(SwiGLU.apply(both if bias is None else both + bias))
@@ -92,8 +92,9 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,
-        bias_activation_fusion=on_gpu and swiglu,
-        bias_dropout_fusion=on_gpu,
+        # Megatron's fusions are torch.compile's, which wants a compiler on every node
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,

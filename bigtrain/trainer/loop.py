@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -79,6 +80,8 @@ def fit(
             mfu=throughput.mfu(tokens_per_second),
         )
         stopping = position.step >= last or stop.agreed()
+        if not math.isfinite(grad_norm):
+            recorder.event("skipped", step=position.step, reason="the gradient norm is not finite")
         if evaluator is not None and (stopping or due(position.step, config.eval.interval)):
             recorder.evaluation(position.step, **evaluator.evaluate(engine).as_record())
         if stopping or due(position.step, config.checkpoint.interval):

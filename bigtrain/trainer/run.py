@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from bigtrain.config.derive import flops_per_token
+from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.distributed.start import Runtime, start, stop
 from bigtrain.engine.engine import Engine
@@ -29,9 +30,10 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
 
     Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
     begin = time.perf_counter()
-    resume = checkpoint_to_resume(config, run_dir)
     with console.phase("joining the ranks"):
         runtime = start(config)
+    _check_world(config, runtime.topology.world)
+    resume = checkpoint_to_resume(config, run_dir)
     stop_signal = StopSignal(runtime)
     stop_signal.install()
     with console.phase("opening the data"):
@@ -73,6 +75,16 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         with console.phase("writing report.html"):
             write_report([run_dir])
     stop()
+
+
+def _check_world(config: Config, world: int) -> None:
+    expected = config.cluster.num_nodes * config.cluster.procs_per_node
+    if config.cluster.procs_per_node and world != expected:
+        raise UserError(
+            f"{world} ranks were started, but the run's config.yaml was made for cluster.num_nodes="
+            f"{config.cluster.num_nodes} x cluster.procs_per_node={config.cluster.procs_per_node} = {expected}. "
+            "Start that many, or freeze the config anew: python -m bigtrain.launch --freeze ..."
+        )
 
 
 def _throughput(config: Config, runtime: Runtime, console: Console) -> Throughput:

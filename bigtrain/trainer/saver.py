@@ -7,9 +7,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import torch.distributed as dist
+
 import bigtrain
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import store
+from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.data.order import Cursor
 from bigtrain.engine import state as engine_state
@@ -29,11 +32,13 @@ class Saver:
     def save(self, engine: Engine, step: int, cursor: Cursor) -> float:
         """Write the checkpoint of `step`, durable on return; returns the seconds that it took. Collective."""
         begin = time.perf_counter()
+        config = dataclasses.asdict(self._config)  # set-up lines and the like do not travel with a checkpoint
         state = {
             "format": folders.FORMAT,
             "step": step,
+            "adam_step": engine_state.adam_step(engine),
             "cursor": cursor.to_dict(),
-            "config": dataclasses.asdict(self._config),
+            "config": {name: value for name, value in config.items() if name not in ("cluster", "tracker")},
             "versions": {"bigtrain": bigtrain.__version__, **{name: version(name) for name in PACKAGES}},
         }
         fragments = engine_state.fragments(engine)
@@ -45,17 +50,25 @@ class Saver:
 
         Raises UserError where it is of another model or format."""
         state = store.load(folder, engine_state.fragments(engine))
-        engine_state.after_load(engine, adam_step=state["step"])
+        engine_state.after_load(engine, adam_step=state["adam_step"])
         engine.steps_taken = state["step"]
         return state["step"], Cursor.from_dict(state["cursor"])
 
 
 def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
-    """What `checkpoint.resume` names: auto, never or a path. Raises UserError for a path without a checkpoint."""
-    resume = config.checkpoint.resume
-    if resume == "never":
-        return None
-    folder = folders.newest(run_dir / "checkpoints") if resume == "auto" else folders.resolve(Path(resume))
-    if folder is not None:
-        folders.state_of(folder)  # raises where it is of another format
-    return folder
+    """The run's own newest checkpoint, so that a job which is started again by itself loses nothing; without one, what
+    `checkpoint.resume` names. Raises UserError for a path without a checkpoint.
+
+    Collective: rank 0 looks, since a shared disk may show its folders to other machines later."""
+    found: list[Path | str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = folders.newest(run_dir / "checkpoints")
+            if found[0] is None and config.checkpoint.resume not in ("auto", "never"):
+                found[0] = folders.resolve(Path(config.checkpoint.resume))
+        except UserError as error:
+            found[0] = str(error)
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise UserError(found[0])
+    return found[0]

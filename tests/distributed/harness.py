@@ -266,7 +266,7 @@ def _clean() -> None:
     if deepspeed_comm is not None and deepspeed_comm.cdb is not None:
         if dist.is_initialized():
             deepspeed_comm.destroy_process_group()  # also forgets the groups in deepspeed.utils.groups
-        deepspeed_comm.cdb = None
+        deepspeed_comm.cdb = None  # type: ignore[attr-defined]
     groups = sys.modules.get("deepspeed.utils.groups")
     if groups is not None:
         groups._release_process_group_references()

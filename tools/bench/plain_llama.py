@@ -48,6 +48,9 @@ class Block(nn.Module):
 class PlainLlama(nn.Module):
     """Tokens [B, S] to logits [B, S, V]. Raises ValueError for a shape that it does not have."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         if (model.position, model.norm, model.activation, model.bias) != ("rope", "rmsnorm", "swiglu", False):

@@ -21,8 +21,10 @@ import time
 STARTED_AT = time.time()  # before the imports below, which are part of a contender's start
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import signal  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -56,6 +58,7 @@ def main() -> int:
     arguments = parse()
     if arguments.command == "contender":
         return contend(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that run() ends what it started
     names = arguments.only or LINE_UP
     lines: dict[str, Line] = {name: Line() for name in (*names, "gemm@1")}
     for number in range(arguments.rounds):
@@ -160,7 +163,9 @@ def run(commands: list[list[str]], environments: list[dict[str, str]]) -> tuple[
     """Runs the commands side by side: the first status that is not 0, and all that they wrote."""
     with tempfile.TemporaryFile() as log:
         processes = [
-            subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
             for command, environment in zip(commands, environments, strict=True)
         ]
         try:
@@ -170,11 +175,22 @@ def run(commands: list[list[str]], environments: list[dict[str, str]]) -> tuple[
                     break
                 time.sleep(0.02)
         finally:
-            for process in processes:
-                process.terminate()
-        codes = [process.wait() for process in processes]
+            codes = end(processes)
         log.seek(0)
         return next((code for code in codes if code), 0), log.read().decode(errors="replace")
+
+
+def end(processes: list[subprocess.Popen[bytes]], grace_s: float = 15.0) -> list[int]:
+    """Ends those that still run, first by SIGTERM: torchrun then ends its ranks, which have sessions of their own."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + grace_s
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return [process.wait() for process in processes]
 
 
 def step_table(lines: dict[str, Line], job: Job) -> str:

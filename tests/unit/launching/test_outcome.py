@@ -54,5 +54,5 @@ def test_newest_committed_checkpoint(tmp_path: Path) -> None:
             (folder / "COMMITTED").touch()
     newest = tmp_path / "checkpoints" / "step-00000010"
     assert newest_checkpoint(tmp_path) == newest
-    assert f"checkpoint={newest}" in generate_command(newest).arguments
+    assert f"checkpoint={newest}" in generate_command(Config(), newest).arguments
     assert len(next_steps(Config(), newest)) <= 5

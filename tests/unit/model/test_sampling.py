@@ -14,9 +14,7 @@ def shares(count: int = 20_000, **settings: float) -> list[float]:
     """How often each token is drawn."""
     generator = torch.Generator().manual_seed(5)
     many = LOGITS.expand(count, -1)
-    drawn = choose(
-        many, temperature=settings["temperature"], top_k=int(settings.get("top_k", 0)), generator=generator
-    )
+    drawn = choose(many, temperature=settings["temperature"], top_k=int(settings.get("top_k", 0)), generator=generator)
     return (torch.bincount(drawn, minlength=4) / count).tolist()
 
 
@@ -35,7 +33,9 @@ def test_temperature_sharpens_and_flattens() -> None:
     assert shares(temperature=1e4) == pytest.approx([0.25] * 4, abs=0.015)
 
 
-@pytest.mark.parametrize(("top_k", "expected"), [(1, [0, 0, 0, 1]), (2, [0, 0, 3 / 7, 4 / 7]), (9, [0.1, 0.2, 0.3, 0.4])])
+@pytest.mark.parametrize(
+    ("top_k", "expected"), [(1, [0, 0, 0, 1]), (2, [0, 0, 3 / 7, 4 / 7]), (9, [0.1, 0.2, 0.3, 0.4])]
+)
 def test_top_k(top_k: int, expected: list[float]) -> None:
     assert shares(temperature=1.0, top_k=top_k) == pytest.approx(expected, abs=0.015)
 

@@ -1,0 +1,401 @@
+"""Real runs of real ranks on real text: the run's folder, stopping, dying and going on, and text from what was trained.
+
+Every run goes through `bigtrain.launching.local`, as `python -m bigtrain.launch` starts it. The runs are made once and
+shared: a start of ranks costs seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bigtrain.config import frozen
+from bigtrain.config.schema import (
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrackerConfig,
+    TrainConfig,
+)
+
+pytestmark = pytest.mark.slow
+STEPS, HALF, VOCABULARY = 40, 20, 512
+DEADLINE_S = 300.0
+LAUNCHER = (
+    "import sys; from bigtrain.config.frozen import load; from bigtrain.launching import local; "
+    "sys.exit(local.run(local.rank_commands(load(sys.argv[1]))))"
+)
+LAYOUTS: dict[str, tuple[dict[str, Any], str, float]] = {
+    "zero3-tensor2": ({"zero_stage": 3, "tensor": 2}, "fp32", 0.0),
+    "zero1-data2-bf16-dropout": ({"zero_stage": 1}, "bf16", 0.1),
+}
+"""parallel, precision, dropout."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 60 modules of the standard library, and their tokenizer."""
+    from bigtrain.data import tokenizer as tokenizers
+    from bigtrain.data.build import BuildOptions, build
+    from bigtrain.data.tokenizer import Tokenizer
+
+    library = Path(os.__file__).parent
+    inputs = sorted(str(path) for path in library.glob("*.py") if path.stat().st_size < 60_000)[:60]
+    out = tmp_path_factory.mktemp("data") / "shards"
+    model = tokenizers.train([Path(path).read_text(encoding="utf-8") for path in inputs], vocab_size=VOCABULARY)
+    build(BuildOptions(inputs, held_out=0.15), tokenizer=Tokenizer(model), out=out, num_workers=0, progress=False)
+    return out
+
+
+def config_of(run_dir: Path, data: Path, layout: str = "zero3-tensor2") -> Config:
+    parallel, dtype, dropout = LAYOUTS[layout]
+    return Config(
+        run=RunConfig(name=run_dir.name, dir=str(run_dir)),
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_query_groups=2,
+            ffn_hidden_size=128,
+            vocab_size=VOCABULARY,
+            max_positions=128,
+            hidden_dropout=dropout,
+            attention_dropout=dropout,
+        ),
+        data=DataConfig(
+            train=[SourceConfig(str(data / "train"))], valid=[SourceConfig(str(data / "valid"))], num_lanes=8
+        ),
+        tokenizer=TokenizerConfig(path=str(data / "train" / "tokenizer.model"), vocab_size=VOCABULARY),
+        optim=OptimConfig(lr=3e-3),
+        schedule=ScheduleConfig(warmup_steps=5),
+        parallel=ParallelConfig(**parallel),
+        precision=PrecisionConfig(dtype=dtype),
+        train=TrainConfig(num_steps=STEPS, global_batch_size=8, micro_batch_size=2, sequence_length=64),
+        checkpoint=CheckpointConfig(interval=0, keep=2),
+        eval=EvalConfig(interval=HALF, num_batches=2),
+        tracker=TrackerConfig(kind="none", log_interval=10),
+        cluster=ClusterConfig(device="cpu", procs_per_node=2),
+    )
+
+
+@dataclass
+class Attempt:
+    """One start of a run, ended."""
+
+    status: int
+    output: str
+    """Of rank 0 and of the launcher."""
+    ranks: list[str]
+    """Logs of the other ranks."""
+
+
+def launch(config: Config) -> subprocess.Popen[str]:
+    frozen.save(config, config.run.dir)
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, config.run.dir],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def ended(config: Config, launcher: subprocess.Popen[str]) -> Attempt:
+    try:
+        output, _ = launcher.communicate(timeout=DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        raise
+    logs = sorted((Path(config.run.dir) / "logs").glob("rank-*.log"))
+    return Attempt(launcher.returncode, output, [log.read_text() for log in logs])
+
+
+def run(config: Config) -> Attempt:
+    return ended(config, launch(config))
+
+
+def run_well(config: Config) -> Path:
+    attempt = run(config)
+    assert attempt.status == 0, attempt.output + "".join(attempt.ranks)
+    return Path(config.run.dir)
+
+
+def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    whole_lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [record for record in map(json.loads, whole_lines) if record["kind"] == kind]
+
+
+def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
+    def reached() -> bool:
+        return (run_dir / "metrics.jsonl").exists() and any(r["step"] >= step for r in records(run_dir, "train"))
+
+    return reached
+
+
+def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert launcher.poll() is None, f"it ended before: {launcher.communicate()[0]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def trajectory(run_dir: Path) -> list[tuple[Any, ...]]:
+    """All that a step is, but its time."""
+    keys = ("step", "tokens", "loss", "lr", "grad_norm")
+    return [tuple(record[key] for key in keys) for record in records(run_dir, "train")]
+
+
+def last_step(run_dir: Path) -> int:
+    return records(run_dir, "train")[-1]["step"]
+
+
+def committed(run_dir: Path) -> list[int]:
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in run_dir.glob("checkpoints/step-*/COMMITTED"))
+
+
+@pytest.fixture(scope="module")
+def through(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of each layout that was never interrupted. The first also feeds W&B and saves on the way."""
+    done: dict[str, Path] = {}
+
+    def of(layout: str) -> Path:
+        if layout not in done:
+            config = config_of(tmp_path_factory.mktemp("runs") / f"through-{layout}", data, layout)
+            if not done:
+                config = replace(config, tracker=TrackerConfig(), checkpoint=CheckpointConfig(interval=15, keep=2))
+            done[layout] = run_well(config)
+        return done[layout]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def whole(through: Callable[[str], Path]) -> Path:
+    return through("zero3-tensor2")
+
+
+# the run's folder
+
+
+def test_metrics(whole: Path) -> None:
+    train, evaluations = records(whole, "train"), records(whole, "eval")
+    keys = {"kind", "step", "tokens", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_second", "mfu"}
+    assert all(record.keys() == keys for record in train)
+    assert [record["step"] for record in train] == list(range(1, STEPS + 1))
+    assert [record["tokens"] for record in train] == [512 * step for step in range(1, STEPS + 1)]
+    assert all(0 < record["mfu"] < 1.5 and record["tokens_per_second"] > 0 for record in train)
+    assert train[-1]["loss"] < train[0]["loss"] - 0.5, "it learns"
+    assert [set(record) for record in evaluations] == [{"kind", "step", "loss", "perplexity", "bits_per_byte"}] * 2
+    assert [record["step"] for record in evaluations] == [HALF, STEPS]
+    events = [(record["name"], record["step"]) for record in records(whole, "event")]
+    assert events == [("checkpoint", 15), ("checkpoint", 30), ("checkpoint", STEPS)]
+
+
+def test_files(whole: Path) -> None:
+    assert frozen.load(whole).train.num_steps == STEPS
+    assert committed(whole) == [30, STEPS]
+    newest = whole / "checkpoints" / f"step-{STEPS:08d}"
+    state = json.loads((newest / "state.json").read_text())
+    assert state["step"] == STEPS and state["cursor"]["num_sequences"] == 8 * STEPS
+    assert (newest / "tokenizer.model").read_bytes() == Path(frozen.load(whole).tokenizer.path).read_bytes()
+    assert not list((whole / "checkpoints").glob(".*"))
+    report = (whole / "report.html").read_text()
+    assert "<html" in report and "plotly" in report.lower() and "http-equiv" not in report
+    assert (whole / "logs" / "rank-1.log").exists()
+
+
+def test_wandb_offline(whole: Path) -> None:
+    assert (whole / "wandb_id").read_text().strip()
+    (folder,) = (whole / "wandb").glob("offline-run-*")
+    assert (whole / "wandb_id").read_text().strip() in folder.name
+    assert list(folder.glob("*.wandb"))
+
+
+def test_summary(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    train, evaluation = records(whole, "train")[-1], records(whole, "eval")[-1]
+    assert (summary["steps"], summary["tokens"]) == (STEPS, 512 * STEPS)
+    assert summary["train_loss"] == train["loss"]
+    assert summary["eval"] == {key: evaluation[key] for key in ("loss", "perplexity", "bits_per_byte")}
+    assert 3.0 < summary["unigram_nats"] < 7.0 and summary["wall_s"] > 0
+
+
+# stopping and going on
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_in_two_parts_is_the_run(layout: str, through: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    """Bit for bit, each step once: the issue's promise of exact resume."""
+    config = config_of(tmp_path / "parts", data, layout)
+    run_dir = run_well(replace(config, train=replace(config.train, stop_after=HALF)))
+    assert last_step(run_dir) == HALF and committed(run_dir) == [HALF]
+    first_half = trajectory(run_dir)
+    run_well(config)
+    expected = through(layout)
+    assert trajectory(run_dir) == trajectory(expected)
+    assert trajectory(run_dir)[:HALF] == first_half, "the first part was not computed again"
+    assert records(run_dir, "eval") == records(expected, "eval")
+    (resume,) = [record for record in records(run_dir, "event") if record["name"] == "resume"]
+    assert resume["step"] == HALF and resume["lines_removed"] == 0
+    assert committed(run_dir) == [HALF, STEPS]
+
+
+@dataclass
+class Interrupted:
+    """A run that was stopped twice and killed once before it ended."""
+
+    run_dir: Path
+    attempts: dict[str, Attempt]
+    steps: dict[str, int]
+    """Last step in metrics.jsonl when an attempt ended."""
+    commits: dict[str, list[int]]
+
+
+@pytest.fixture(scope="module")
+def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    run_dir = tmp_path_factory.mktemp("runs") / "interrupted"
+    config = config_of(run_dir, data)
+    found = Interrupted(run_dir, {}, {}, {})
+
+    def interrupt(name: str, step: int, act: Callable[[subprocess.Popen[str]], None]) -> None:
+        launcher = launch(config)
+        wait_for(at_step(run_dir, step), launcher)
+        act(launcher)
+        found.attempts[name] = ended(config, launcher)
+        found.steps[name], found.commits[name] = last_step(run_dir), committed(run_dir)
+
+    def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+        return psutil.Process(launcher.pid).children()
+
+    def tell_the_second_rank(launcher: subprocess.Popen[str]) -> None:
+        (second,) = [rank for rank in ranks_of(launcher) if rank.environ()["RANK"] == "1"]
+        second.send_signal(signal.SIGTERM)
+
+    def kill_all_ranks(launcher: subprocess.Popen[str]) -> None:
+        launcher.send_signal(signal.SIGSTOP)  # so that it cannot end the others more gently
+        for rank in ranks_of(launcher):
+            rank.kill()
+        launcher.send_signal(signal.SIGCONT)
+
+    interrupt("one rank told", 4, tell_the_second_rank)
+    interrupt("launcher told", found.steps["one rank told"] + 4, lambda launcher: launcher.send_signal(signal.SIGTERM))
+    interrupt("killed", found.steps["launcher told"] + 5, kill_all_ranks)
+    shutil.copy(run_dir / "metrics.jsonl", run_dir / "metrics-when-killed.jsonl")
+    found.attempts["ended"] = run(config)
+    return found
+
+
+def test_one_rank_that_is_told_to_stop_stops_all_at_a_boundary(interrupted: Interrupted) -> None:
+    attempt = interrupted.attempts["one rank told"]
+    assert attempt.status == 0, attempt.output + "".join(attempt.ranks)
+    step = interrupted.steps["one rank told"]
+    assert 4 <= step < STEPS and interrupted.commits["one rank told"] == [step]
+    stops = [r for r in records(interrupted.run_dir, "event") if r["name"] == "stop"]
+    assert {"kind": "event", "name": "stop", "step": step, "signal": "SIGTERM"} in stops
+
+
+def test_a_launcher_that_is_told_to_stop_lets_its_ranks_save(interrupted: Interrupted) -> None:
+    """Its own status says that it was told, as a shell says it; no rank failed."""
+    attempt = interrupted.attempts["launcher told"]
+    assert attempt.status == 128 + signal.SIGTERM and "error" not in attempt.output
+    step = interrupted.steps["launcher told"]
+    assert step < STEPS and interrupted.commits["launcher told"][-1] == step
+
+
+def test_killed_ranks_leave_steps_that_no_checkpoint_has(interrupted: Interrupted) -> None:
+    attempt = interrupted.attempts["killed"]
+    assert attempt.status == 128 + signal.SIGKILL and "SIGKILL" in attempt.output
+    assert interrupted.commits["killed"] == interrupted.commits["launcher told"]
+    assert STEPS > interrupted.steps["killed"] >= interrupted.commits["killed"][-1] + 5
+
+
+def test_the_interrupted_run_is_the_run(interrupted: Interrupted, whole: Path) -> None:
+    attempt = interrupted.attempts["ended"]
+    assert attempt.status == 0, attempt.output + "".join(attempt.ranks)
+    assert trajectory(interrupted.run_dir) == trajectory(whole), "bit for bit, each step once"
+    assert records(interrupted.run_dir, "eval")[-1] == records(whole, "eval")[-1]
+    resumes = [record for record in records(interrupted.run_dir, "event") if record["name"] == "resume"]
+    assert [record["step"] for record in resumes] == [
+        interrupted.steps["one rank told"],
+        interrupted.steps["launcher told"],
+        interrupted.steps["launcher told"],
+    ][-len(resumes) :]
+    lost = interrupted.steps["killed"] - interrupted.steps["launcher told"]
+    assert resumes[-1]["lines_removed"] >= lost
+
+
+# bad input
+
+
+def test_a_checkpoint_of_another_model_is_one_error_line(whole: Path, data: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "wider", data)
+    config = replace(
+        config,
+        model=replace(config.model, ffn_hidden_size=160),
+        checkpoint=CheckpointConfig(interval=0, resume=str(whole)),
+    )
+    attempt = run(config)
+    assert attempt.status == 2
+    errors = [line for line in attempt.output.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and errors[0].startswith("error: checkpoint ") and "linear_fc1.weight" in errors[0]
+    assert "Traceback" not in attempt.output + "".join(attempt.ranks)
+    assert not (tmp_path / "wider" / "metrics.jsonl").exists()
+
+
+# text
+
+
+def generate(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "bigtrain.generate", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_seed_is_a_text(whole: Path) -> None:
+    checkpoint = whole / "checkpoints" / f"step-{STEPS:08d}"
+    asked = [
+        generate(f"checkpoint={where}", "prompt=import ", "max_tokens=30", f"seed={seed}")
+        for where, seed in ((whole, 1), (checkpoint, 1), (whole, 2))
+    ]
+    answers = [(*process.communicate(timeout=DEADLINE_S), process.returncode) for process in asked]
+    assert [status for *_, status in answers] == [0, 0, 0], answers
+    texts = [text for text, _, _ in answers]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("import ") and len(text) > 20 for text in texts)
+    assert all(errors == "" for _, errors, _ in answers)
+
+
+def test_mistakes_of_generate_are_one_line(whole: Path, tmp_path: Path) -> None:
+    asked = [generate(f"checkpoint={whole}", "promt=x"), generate(f"checkpoint={tmp_path / 'none'}")]
+    answers = [(*process.communicate(timeout=DEADLINE_S), process.returncode) for process in asked]
+    for out, errors, status in answers:
+        assert (out, status) == ("", 2) and errors.startswith("error: ") and errors.count("\n") == 1
+    assert "did you mean prompt?" in answers[0][1] and str(tmp_path / "none") in answers[1][1]

@@ -1,0 +1,74 @@
+"""parallel.gather=auto keeps weights where they are a small part of what is free, on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from bigtrain.config.derive import count_parameters, parameter_count
+from bigtrain.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
+from bigtrain.engine import gather
+from bigtrain.engine.gather import SHARE_OF_FREE_MEMORY, free_bytes, keep_gathered
+
+MODEL = ModelConfig()
+CPU = torch.device("cpu")
+
+
+class Runtime:
+    """`worst`: what the rank with least memory votes."""
+
+    device = CPU
+
+    def __init__(self, worst: int = 1) -> None:
+        self.worst = worst
+
+    def all_reduce(self, tensor: torch.Tensor, *, op: Any, group: Any = None) -> torch.Tensor:
+        assert op == torch.distributed.ReduceOp.MIN and group is None
+        return tensor.clamp_(max=self.worst)
+
+
+def decide(
+    monkeypatch: pytest.MonkeyPatch, free: float, *, worst: int = 1, dtype: str = "fp32", **parallel: Any
+) -> bool:
+    monkeypatch.setattr(gather, "free_bytes", lambda device: free)
+    config = Config(model=MODEL, parallel=ParallelConfig(**parallel), precision=PrecisionConfig(dtype))
+    return keep_gathered(config, Runtime(worst))  # type: ignore[arg-type]
+
+
+def test_auto_is_the_share_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 4 * count_parameters(MODEL) / SHARE_OF_FREE_MEMORY
+    assert decide(monkeypatch, needed)
+    assert not decide(monkeypatch, needed - 16)
+
+
+def test_bf16_needs_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 2 * count_parameters(MODEL) / SHARE_OF_FREE_MEMORY
+    assert decide(monkeypatch, needed, dtype="bf16")
+    assert not decide(monkeypatch, needed)
+
+
+def test_tensor_ranks_and_stages_share_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 4 * parameter_count(MODEL).per_rank(4) / SHARE_OF_FREE_MEMORY
+    assert decide(monkeypatch, needed, tensor=4)
+    assert not decide(monkeypatch, needed, tensor=2)
+    assert decide(monkeypatch, needed, tensor=2, pipeline=2)
+
+
+def test_one_rank_with_little_memory_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not decide(monkeypatch, 1e18, worst=0)
+
+
+def test_what_the_user_says_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decide(monkeypatch, 0, gather="step")
+    assert not decide(monkeypatch, 1e18, gather="microbatch")
+
+
+def test_ranks_share_a_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert free_bytes(CPU) == 1000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(CPU) == 250

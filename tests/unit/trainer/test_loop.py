@@ -1,0 +1,181 @@
+"""The loop's own decisions: when it evaluates, saves and stops. What it drives only writes down what it is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bigtrain.config.schema import CheckpointConfig, Config, EvalConfig, OptimConfig, ScheduleConfig, TrainConfig
+from bigtrain.data.loader import StepBatch
+from bigtrain.data.order import Cursor
+from bigtrain.engine.engine import LossSum
+from bigtrain.trainer.loop import Position, Throughput, due, fit, last_step, timed
+
+CONFIG = Config(
+    train=TrainConfig(num_steps=10, global_batch_size=4, sequence_length=8),
+    optim=OptimConfig(lr=2.0),
+    schedule=ScheduleConfig(name="constant", warmup_steps=4),
+    eval=EvalConfig(interval=4),
+    checkpoint=CheckpointConfig(interval=3),
+)
+
+
+@dataclass
+class Log:
+    """Engine, evaluator, saver, recorder and stop signal in one: each writes down what it is asked."""
+
+    done: list[tuple[Any, ...]] = field(default_factory=list)
+    stop_at: int | None = None
+    runtime: Any = None
+
+    def forward_backward(self, microbatches: Any) -> LossSum:
+        self.done.append(("forward", *microbatches))
+        return LossSum(torch.tensor(6.0), torch.tensor(4))
+
+    def optimizer_step(self, lr: float) -> float:
+        self.done.append(("step", lr))
+        return 0.5
+
+    def evaluate(self, engine: Any) -> Any:
+        return SimpleNamespace(as_record=lambda: {"loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0})
+
+    def save(self, engine: Any, step: int, cursor: Cursor) -> float:
+        self.done.append(("save", step, cursor.num_sequences))
+        return 0.1
+
+    def train(self, step: int, **fields: Any) -> None:
+        self.done.append(("train", step, fields))
+
+    def evaluation(self, step: int, **fields: Any) -> None:
+        self.done.append(("eval", step))
+
+    def event(self, name: str, **fields: Any) -> None:
+        pass
+
+    def agreed(self) -> bool:
+        return self.stop_at is not None and self.steps("train")[-1] >= self.stop_at
+
+    def steps(self, what: str) -> list[int]:
+        return [entry[1] for entry in self.done if entry[0] == what]
+
+
+def endless(start: int) -> Iterator[StepBatch]:
+    step = start
+    while True:
+        step += 1
+        yield StepBatch((f"batch {step}",), Cursor(4 * step, "order"), 0.0)  # type: ignore[arg-type]
+
+
+def run(config: Config, *, start: int = 0, stop_at: int | None = None, evaluates: bool = True) -> tuple[Log, Position]:
+    log: Any = Log(stop_at=stop_at)
+    position = fit(
+        config,
+        Position(start, Cursor(4 * start, "order")),
+        engine=log,
+        batches=endless(start),
+        evaluator=log if evaluates else None,
+        saver=log,
+        recorder=log,
+        throughput=Throughput(flops_per_token=10.0, peak_flops_per_second=None),
+        stop=log,
+    )
+    return log, position
+
+
+def test_a_run_evaluates_and_saves_when_due_and_at_the_end() -> None:
+    log, position = run(CONFIG)
+    assert log.steps("train") == list(range(1, 11))
+    assert log.steps("eval") == [4, 8, 10]
+    assert log.steps("save") == [3, 6, 9, 10]
+    assert position == Position(10, Cursor(40, "order"))
+
+
+def test_what_is_saved_is_the_place_after_the_step() -> None:
+    log, _ = run(CONFIG)
+    assert [entry[1:] for entry in log.done if entry[0] == "save"] == [(3, 12), (6, 24), (9, 36), (10, 40)]
+
+
+def test_the_order_in_a_step() -> None:
+    log, _ = run(replace(CONFIG, checkpoint=CheckpointConfig(interval=4)))
+    fourth = [entry[0] for entry in log.done if entry[0] != "forward" or entry[1] == "batch 4"]
+    begin = fourth.index("forward")
+    assert fourth[begin : begin + 5] == ["forward", "step", "train", "eval", "save"]
+
+
+def test_what_is_recorded() -> None:
+    log, _ = run(CONFIG)
+    records = {entry[1]: entry[2] for entry in log.done if entry[0] == "train"}
+    assert [records[step]["tokens"] for step in (1, 10)] == [32, 320]
+    assert records[1]["loss"] == 1.5 and records[1]["grad_norm"] == 0.5 and records[1]["mfu"] is None
+    assert [records[step]["lr"] for step in (1, 2, 4, 10)] == [0.5, 1.0, 2.0, 2.0]
+    assert [entry[1] for entry in log.done if entry[0] == "step"][:4] == [0.5, 1.0, 1.5, 2.0]
+    speed = records[1]["tokens_per_second"] * records[1]["step_time_s"]
+    assert speed == pytest.approx(32)
+
+
+def test_an_agreed_stop_evaluates_and_saves_there() -> None:
+    log, position = run(CONFIG, stop_at=5)
+    assert log.steps("train")[-1] == 5 == position.step
+    assert log.steps("eval") == [4, 5] and log.steps("save") == [3, 5]
+
+
+def test_stop_after_is_the_last_step_and_the_schedule_does_not_know() -> None:
+    log, position = run(replace(CONFIG, train=replace(CONFIG.train, stop_after=2)))
+    assert position.step == 2 and log.steps("save") == [2] == log.steps("eval")
+    whole, _ = run(CONFIG)
+    assert [e for e in log.done if e[0] == "step"] == [e for e in whole.done if e[0] == "step"][:2]
+
+
+def test_going_on_takes_up_the_schedule_where_it_was() -> None:
+    whole, _ = run(CONFIG)
+    rest, position = run(CONFIG, start=2)
+    assert position.step == 10
+    assert [e for e in rest.done if e[0] == "step"] == [e for e in whole.done if e[0] == "step"][2:]
+
+
+@pytest.mark.parametrize("start", [10, 11])
+def test_a_run_that_is_done_does_nothing(start: int) -> None:
+    log, position = run(CONFIG, start=start)
+    assert log.done == [] and position.step == start
+
+
+def test_without_an_evaluator_nothing_is_evaluated() -> None:
+    log, _ = run(CONFIG, evaluates=False)
+    assert log.steps("eval") == [] and log.steps("save") == [3, 6, 9, 10]
+
+
+def test_due() -> None:
+    assert [step for step in range(1, 10) if due(step, 3)] == [3, 6, 9]
+    assert not any(due(step, 0) for step in range(10))
+
+
+@pytest.mark.parametrize(("stop_after", "expected"), [(None, 10), (4, 4), (10, 10), (99, 10)])
+def test_last_step(stop_after: int | None, expected: int) -> None:
+    assert last_step(Config(train=TrainConfig(num_steps=10, stop_after=stop_after))) == expected
+
+
+def test_last_step_of_tokens() -> None:
+    train = TrainConfig(num_steps=10, num_tokens=100, global_batch_size=4, sequence_length=8)
+    assert last_step(Config(train=train)) == 4
+
+
+def test_the_wait_for_data_is_part_of_the_step() -> None:
+    def slow() -> Iterator[Any]:
+        for number in range(2):
+            time.sleep(0.05)
+            yield number
+
+    found = [(batch, seconds()) for batch, seconds in timed(slow())]
+    assert [batch for batch, _ in found] == [0, 1]
+    assert all(0.05 <= seconds < 5 for _, seconds in found)
+
+
+def test_mfu() -> None:
+    assert Throughput(10.0, 1000.0).mfu(25.0) == 0.25
+    assert Throughput(10.0, None).mfu(25.0) is None
