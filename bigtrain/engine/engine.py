@@ -92,7 +92,10 @@ class Engine:
         deepspeed = import_deepspeed(runtime.device)
         self.mpu = Mpu(runtime, zero_stage=config.parallel.zero_stage)
         deepspeed_patches.apply(self.mpu.sharding_group)
-        settings = deepspeed_config(config, keep_gathered=keep_gathered(config, runtime))
+        on_gpu = runtime.device.type == "cuda"
+        if not on_gpu:
+            deepspeed_patches.apply_on_cpu()
+        settings = deepspeed_config(config, keep_gathered=keep_gathered(config, runtime), on_gpu=on_gpu)
         self.decoder = self._build_decoder(deepspeed, settings)
         stage = Stage(self.decoder)
         self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(

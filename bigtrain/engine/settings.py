@@ -11,7 +11,7 @@ KEEP = 10**15
 """Elements: more than any model has, so that nothing is released for its distance or its size."""
 
 
-def deepspeed_config(config: Config, *, keep_gathered: bool) -> dict[str, Any]:
+def deepspeed_config(config: Config, *, keep_gathered: bool, on_gpu: bool) -> dict[str, Any]:
     """The schedule owns the microbatches, so for DeepSpeed every step() ends one accumulation (its "unmanaged"
     mode). Gradients are accumulated and reduced in fp32 whatever the weights are.
 
@@ -20,7 +20,7 @@ def deepspeed_config(config: Config, *, keep_gathered: bool) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": max(config.parallel.zero_stage, 1),  # stage 0 is stage 1 over a group of one: see mpu.py
         "overlap_comm": False,
-        "contiguous_gradients": True,
+        "contiguous_gradients": on_gpu,  # against fragments there; on a CPU one more copy of every gradient
         # DeepSpeed allocates a whole bucket in every step, so it is no larger than what there is to reduce
         "reduce_bucket_size": min(weights, 500_000_000),
         "allgather_bucket_size": 2 * -(-min(weights, 500_000_000) // 2),  # even, as it wants it

@@ -260,6 +260,7 @@ def _clean() -> None:
     """Drops process groups, and the globals of Megatron and DeepSpeed that hold them."""
     import torch.distributed as dist
 
+    _destroy_engines()
     if "megatron.core" in sys.modules:
         _clean_megatron()
     deepspeed_comm = sys.modules.get("deepspeed.comm.comm")
@@ -273,6 +274,15 @@ def _clean() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
+
+
+def _destroy_engines() -> None:
+    """DeepSpeed's hooks on autograd's nodes make cycles that Python's collector does not see. Left alone, each engine
+    keeps its process groups, and their threads poll for the rest of the session."""
+    engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+    if engine_class is not None:
+        for engine in [found for found in gc.get_objects() if type(found) is engine_class]:
+            engine.destroy()
 
 
 def _clean_megatron() -> None:
