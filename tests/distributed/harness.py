@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import importlib
 import os
@@ -260,7 +261,6 @@ def _clean() -> None:
     """Drops process groups, and the globals of Megatron and DeepSpeed that hold them."""
     import torch.distributed as dist
 
-    _destroy_engines()
     if "megatron.core" in sys.modules:
         _clean_megatron()
     deepspeed_comm = sys.modules.get("deepspeed.comm.comm")
@@ -271,18 +271,21 @@ def _clean() -> None:
     groups = sys.modules.get("deepspeed.utils.groups")
     if groups is not None:
         groups._release_process_group_references()
+        groups.mpu = None  # type: ignore[attr-defined]
+    _clean_zero3()
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
 
 
-def _destroy_engines() -> None:
-    """DeepSpeed's hooks on autograd's nodes make cycles that Python's collector does not see. Left alone, each engine
-    keeps its process groups, and their threads poll for the rest of the session."""
-    engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
-    if engine_class is not None:
-        for engine in [found for found in gc.get_objects() if type(found) is engine_class]:
-            engine.destroy()
+def _clean_zero3() -> None:
+    """Empties what keeps every ZeRO-3 model alive, and with it process groups, whose threads poll for ever."""
+    offload = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    if offload is not None:
+        offload.FWD_MODULE_STACK.clear()
+        for found in gc.get_objects():
+            if type(found) is functools._lru_cache_wrapper and found.__name__ == "__params_to_release":
+                found.cache_clear()
 
 
 def _clean_megatron() -> None:
