@@ -86,7 +86,7 @@ class Shard:
         end = self.numel if numel is None else start + numel
         if len(self.local_shape) > 2 or not 0 <= start <= end <= self.numel:
             raise ValueError(f"{self.name}: elements [{start}, {end}) of a local tensor of shape {self.local_shape}")
-        blocks = self.blocks if self.dim == 0 else (Block(0, 0, self.local_shape[0]),)
+        blocks = self.blocks if self.dim == 0 else (Block(0, 0, next(iter(self.local_shape), 1)),)
         columns = prod(self.local_shape[1:])
         for block in blocks:
             low, high = block.local * columns, (block.local + block.length) * columns

@@ -36,7 +36,8 @@ def apply_on_cpu() -> None:
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     # zero/utils.py: the norm of each gradient in fp64, through a copy, where fp32 gives seven digits of it
-    for module in (stage3, stage_1_and_2):
+    modules: tuple[Any, ...] = (stage3, stage_1_and_2)
+    for module in modules:
         module.get_norm_dtype = lambda: torch.float32
     # comm/torch.py:369, 435: gloo's reduce-scatter is an all-reduce of a copy, its all-gather goes through another
     backend: Any = import_module("deepspeed.comm.torch")

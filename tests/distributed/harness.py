@@ -261,6 +261,7 @@ def _clean() -> None:
     """Drops process groups, and the globals of Megatron and DeepSpeed that hold them."""
     import torch.distributed as dist
 
+    _clean_deepspeed_engines()
     if "megatron.core" in sys.modules:
         _clean_megatron()
     deepspeed_comm = sys.modules.get("deepspeed.comm.comm")
@@ -272,20 +273,24 @@ def _clean() -> None:
     if groups is not None:
         groups._release_process_group_references()
         groups.mpu = None  # type: ignore[attr-defined]
-    _clean_zero3()
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
 
 
-def _clean_zero3() -> None:
-    """Empties what keeps every ZeRO-3 model alive, and with it process groups, whose threads poll for ever."""
+def _clean_deepspeed_engines() -> None:
+    """Unties ZeRO-3's models from what keeps them alive for ever: hooks on autograd's nodes, a list and a cache. Left
+    alone, each keeps its process groups, and their threads poll for the rest of the session."""
     offload = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
-    if offload is not None:
-        offload.FWD_MODULE_STACK.clear()
-        for found in gc.get_objects():
-            if type(found) is functools._lru_cache_wrapper and found.__name__ == "__params_to_release":
-                found.cache_clear()
+    engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+    if offload is None or engine_class is None:
+        return
+    for found in gc.get_objects():
+        if type(found) is engine_class:
+            found.destroy()
+        elif type(found) is functools._lru_cache_wrapper and found.__name__ == "__params_to_release":
+            found.cache_clear()
+    offload.FWD_MODULE_STACK.clear()
 
 
 def _clean_megatron() -> None:

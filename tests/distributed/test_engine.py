@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -335,7 +335,7 @@ def test_evaluation_is_the_oracles_and_changes_nothing(pool: PoolFactory, world:
         hf = oracle.build(config.model)
         reference(config, initial, steps, hf)
         with torch.no_grad():
-            nats = sum(oracle.loss_sum(hf.eval(), batch).item() for batch in small.global_batch(99))
+            nats = sum(oracle.loss_sum(hf.eval(), cast(Any, batch)).item() for batch in small.global_batch(99))
         expected.append(nats / sum(int(batch.loss_mask_BS.sum()) for batch in small.global_batch(99)))
     for rank, other in zip(ranks, undisturbed, strict=True):
         assert rank.evaluations == pytest.approx(expected, rel=1e-5)

@@ -17,8 +17,9 @@ B, S, HEADS, GROUPS, D = 2, 12, 4, 2, 8
 
 
 def attention(rope_theta: float | None = None, **settings: Any) -> DocumentAttention:
-    shape = {"num_layers": 1, "hidden_size": HEADS * D, "num_attention_heads": HEADS}
-    config = TransformerConfig(**shape | {"attention_dropout": 0.0} | settings)
+    shape: dict[str, Any] = {"num_layers": 1, "hidden_size": HEADS * D, "num_attention_heads": HEADS}
+    shape |= {"attention_dropout": 0.0, **settings}
+    config = TransformerConfig(**shape)
     return DocumentAttention(config, 1, rope_theta=rope_theta).eval()
 
 
