@@ -35,7 +35,7 @@ def apply_on_cpu() -> None:
     """What gloo and a CPU do slowly: 5 % of a ZeRO-3 step of 10 M parameters on two ranks (docs/log.md)."""
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
-    # zero/utils.py: the norm of each gradient in fp64, through a copy, where fp32 gives seven digits of it
+    # zero/utils.py:59: the norm of each gradient in fp64, through a copy, where fp32 gives seven digits of it
     modules: tuple[Any, ...] = (stage3, stage_1_and_2)
     for module in modules:
         module.get_norm_dtype = lambda: torch.float32
@@ -50,6 +50,8 @@ def _reduce_scatter(
     async_op: bool = False,
 ) -> None:  # fmt: skip
     """Sum over the ranks of `group`; each keeps its part, added in the order of the ranks."""
+    if op is not None and op.name != "SUM":
+        raise NotImplementedError(f"reduce-scatter on a CPU only sums; {op} was asked for")
     parts = torch.empty_like(input_tensor)
     dist.all_to_all_single(parts, input_tensor, group=group)
     torch.sum(parts.view(dist.get_world_size(group), -1), dim=0, out=output_tensor.view(-1))

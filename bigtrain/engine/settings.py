@@ -19,7 +19,7 @@ def deepspeed_config(config: Config, *, keep_gathered: bool, on_gpu: bool) -> di
     weights = parameter_count(config.model).per_rank(config.parallel.tensor)
     zero: dict[str, Any] = {
         "stage": max(config.parallel.zero_stage, 1),  # stage 0 is stage 1 over a group of one: see mpu.py
-        "overlap_comm": False,
+        "overlap_comm": on_gpu and config.parallel.zero_stage == 3,  # DeepSpeed's default; a CPU has no second stream
         "contiguous_gradients": on_gpu,  # against fragments there; on a CPU one more copy of every gradient
         # DeepSpeed allocates a whole bucket in every step, so it is no larger than what there is to reduce
         "reduce_bucket_size": min(weights, 500_000_000),

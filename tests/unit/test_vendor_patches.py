@@ -43,6 +43,9 @@ CITED = {
     ("distributed/megatron_cpu.py", "random.py", 243): "def fork(",
     ("engine/deepspeed_patches.py", "comm/torch.py", 207): "self.shm_comm_op = build_shm_op()",
     ("engine/deepspeed_patches.py", "comm/torch.py", 293): "torch.ops.deepspeed, 'inference_all_reduce_'",
+    ("engine/deepspeed_patches.py", "comm/torch.py", 369): "def all_gather_into_tensor(",
+    ("engine/deepspeed_patches.py", "comm/torch.py", 435): "def reduce_scatter_tensor(",
+    ("engine/deepspeed_patches.py", "zero/utils.py", 59): "def get_norm_dtype(",
     ("engine/deepspeed_patches.py", "zero/utils.py", 114): "def assert_ints_same_as_other_ranks(",
     ("engine/mpu.py", "engine.py", 3132): "using ZeRO stage 0",
     ("model/norms.py", "torch_norm.py", 32): "assert not config.sequence_parallel",
@@ -111,6 +114,10 @@ def test_deepspeed_compiles_a_shared_memory_all_reduce_at_start() -> None:
 def test_deepspeed_compares_over_the_whole_world() -> None:
     assert "dist.broadcast(lst_tensor, src=0, async_op=False)" in function("zero/utils.py", "get_lst_from_rank0")
     assert "group" not in function("zero/utils.py", "assert_ints_same_as_other_ranks")
+
+
+def test_deepspeed_takes_norms_in_fp64_where_there_is_fp64() -> None:
+    assert "return torch.double" in function("zero/utils.py", "get_norm_dtype")
 
 
 def test_the_coordinator_reads_the_name_that_we_replace() -> None:

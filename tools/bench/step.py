@@ -69,7 +69,8 @@ def main() -> int:
             line.notes.append(result["notes"])
             line.steps_s.append(statistics.median(result["steps_s"][arguments.warmup :] or [0.0]))
             line.cpu_s.append(statistics.median(result["cpu_s"][arguments.warmup :] or [0.0]))
-            print(f"  {line.steps_s[-1] * 1e3:.0f} ms a step", file=sys.stderr)
+            peak = result["notes"].get("peak_flops")
+            print(f"  {peak / 1e9:.0f} GFLOP/s" if peak else f"  {line.steps_s[-1] * 1e3:.0f} ms a step", file=sys.stderr)
     print(startup_table(lines) if arguments.startup else step_table(lines, Job()))
     if arguments.json:
         report = {name: asdict(line) for name, line in lines.items()}
