@@ -70,7 +70,8 @@ def main() -> int:
             line.steps_s.append(statistics.median(result["steps_s"][arguments.warmup :] or [0.0]))
             line.cpu_s.append(statistics.median(result["cpu_s"][arguments.warmup :] or [0.0]))
             peak = result["notes"].get("peak_flops")
-            print(f"  {peak / 1e9:.0f} GFLOP/s" if peak else f"  {line.steps_s[-1] * 1e3:.0f} ms a step", file=sys.stderr)
+            found = f"{peak / 1e9:.0f} GFLOP/s" if peak else f"{line.steps_s[-1] * 1e3:.0f} ms a step"
+            print(f"  {found}", file=sys.stderr)
     print(startup_table(lines) if arguments.startup else step_table(lines, Job()))
     if arguments.json:
         report = {name: asdict(line) for name, line in lines.items()}
