@@ -55,7 +55,7 @@ def next_steps(config: Config, checkpoint: Path | None) -> list[str]:
     lines = [
         "try next:",
         f"  python -m bigtrain.launch run.name=longer train.num_steps={10 * config.train.num_steps}",
-        "  python -m bigtrain.launch run.name=mine data=text data.prepare.inputs=[FOLDER]",
+        "  python -m bigtrain.launch run.name=mine data=text 'data.prepare.inputs=[FOLDER]'",
         "  python -m bigtrain.launch +cluster=slurm model=gpt_1b dry_run=true",
     ]
     if checkpoint is not None:

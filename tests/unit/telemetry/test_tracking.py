@@ -6,6 +6,7 @@ import dataclasses
 import json
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bigtrain.config.schema import ClusterConfig, Config, DataConfig, SourceConf
 from bigtrain.telemetry.tracking import WandbTracker, without_secrets
 
 from .records import config_of, record_steps, recorder_of
-from .wandb_log import history, logged_config, read_wandb
+from .wandb_log import history, logged_config, read_finished
 
 OFFLINE = TrackerConfig(kind="wandb", mode="offline", project="a project")
 
@@ -35,7 +36,7 @@ def test_offline_run_is_written_and_resumed_under_one_id(tmp_path: Path, monkeyp
         recorder.evaluation(3, loss=2.5, perplexity=12.18, bits_per_byte=None)
         recorder.event("save", step=3)
     (first,) = logs(tmp_path)
-    records = read_wandb(first)
+    records = read_finished(first)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     kept = (tmp_path / "wandb_id").read_text().strip()
     assert (run.run_id, run.project, run.display_name) == (kept, "a project", "the name")
@@ -48,11 +49,12 @@ def test_offline_run_is_written_and_resumed_under_one_id(tmp_path: Path, monkeyp
     (exit_record,) = [record.exit for record in records if record.WhichOneof("record_type") == "exit"]
     assert exit_record.exit_code == 0
 
+    time.sleep(1)  # W&B names a folder by the second and the id
     with pytest.raises(RuntimeError), recorder_of(tmp_path, config=config, resume_step=3) as recorder:
         record_steps(recorder, range(4, 5))
         raise RuntimeError
     (second,) = [path for path in tmp_path.glob("wandb/offline-run-*/*.wandb") if path != first]
-    records = read_wandb(second)
+    records = read_finished(second)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert run.run_id == kept
     assert [json.loads(row["step"]) for row in history(records)] == [4]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def read_wandb(path: Path) -> list[Any]:
     """The records of the file, as wandb's Record messages."""
     proto: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     data = path.read_bytes()
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b"", b":W&B")
     at, payload, records = 7, b"", []
     while at + 7 <= len(data):
         left_in_block = _BLOCK_BYTES - at % _BLOCK_BYTES
@@ -27,11 +28,24 @@ def read_wandb(path: Path) -> list[Any]:
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
         piece = data[at + 7 : at + 7 + length]
+        if len(piece) < length:
+            break
         at += 7 + length
         payload = piece if kind in (_FULL, _FIRST) else payload + piece
         if kind in (_FULL, _LAST):
             records.append(proto.Record.FromString(payload))
     return records
+
+
+def read_finished(path: Path, timeout_s: float = 30.0) -> list[Any]:
+    """The records, once the last is there: W&B's service may write them a moment after `finish` has returned."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        records = read_wandb(path)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline, f"{path} has no exit record after {timeout_s:.0f} s"
+        time.sleep(0.05)
 
 
 def history(records: list[Any]) -> list[dict[str, str]]:
