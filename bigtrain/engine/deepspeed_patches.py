@@ -51,7 +51,7 @@ def _reduce_scatter(
 ) -> None:  # fmt: skip
     """Sum over the ranks of `group`; each keeps its part, added in the order of the ranks."""
     if op is not None and op.name != "SUM":
-        raise NotImplementedError(f"reduce-scatter on a CPU only sums; {op} was asked for")
+        raise ValueError(f"reduce-scatter on a CPU only sums; {op} was asked for")
     parts = torch.empty_like(input_tensor)
     dist.all_to_all_single(parts, input_tensor, group=group)
     torch.sum(parts.view(dist.get_world_size(group), -1), dim=0, out=output_tensor.view(-1))
