@@ -41,13 +41,5 @@ class Topology:
         """Pipeline rank."""
         return self.rank // (self.tensor * self.data)
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.stage == self.pipeline - 1
-
     def __str__(self) -> str:
         return f"{self.world} ranks = tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"

@@ -89,6 +89,8 @@ _AT_LEAST_ONE = [
     "cluster.num_nodes",
     "cluster.procs_per_node",
     "cluster.cpus_per_proc",
+    "precision.initial_loss_scale",
+    "precision.loss_scale_window",
 ]
 _NOT_NEGATIVE = [
     "run.seed",
@@ -150,22 +152,17 @@ def _run(config: Config, world: int) -> Iterator[Problem]:
 
 def _layout(config: Config, world: int) -> Iterator[Problem]:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    for name in ("pipeline", "virtual_pipeline"):
-        size = getattr(config.parallel, name)
-        if size > 1:
-            message = "this version has no pipeline parallelism yet; it comes with the next one"
-            yield Problem(
-                f"parallel.{name}", size, message, f"Set parallel.{name}=1; to shard layers use parallel.tensor"
-            )
-    if world % tensor:
+    if world % (tensor * pipeline):
         cluster = config.cluster
         ranks = (
             f"{world} ranks (cluster.num_nodes={cluster.num_nodes} x cluster.procs_per_node={cluster.procs_per_node})"
         )
         layout = f"tensor {tensor} x pipeline {pipeline}"
-        divisors = [str(size) for size in range(1, min(world, 64) + 1) if world % size == 0]
-        fix = f"Set parallel.tensor to one of {', '.join(divisors)}, or change cluster.procs_per_node"
-        yield Problem("parallel.tensor", tensor, f"{ranks} do not divide into {layout}", fix)
+        wrong, other = ("tensor", 1) if world % tensor else ("pipeline", tensor)
+        fitting = [str(size) for size in range(1, min(world, 64) + 1) if world % (size * other) == 0]
+        fix = f"Set parallel.{wrong} to one of {', '.join(fitting)}, or change cluster.procs_per_node"
+        value = getattr(config.parallel, wrong)
+        yield Problem(f"parallel.{wrong}", value, f"{ranks} do not divide into {layout}", fix)
     if config.parallel.sequence and tensor == 1:
         message = "sequence parallelism shards over the tensor group, which has one rank here"
         yield Problem("parallel.sequence", True, message, "Set parallel.sequence=false, or parallel.tensor=2 or more")
@@ -175,6 +172,20 @@ def _layout(config: Config, world: int) -> Iterator[Problem]:
         yield Problem(
             "train.sequence_length", length, message, f"Set {_multiples('train.sequence_length', length, tensor)}"
         )
+
+
+def _pipeline(config: Config, world: int) -> Iterator[Problem]:
+    parallel, layers = config.parallel, config.model.num_layers
+    pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
+    if virtual > 1 and pipeline == 1:
+        message = "chunks are interleaved over the stages of a pipeline, and there is one stage"
+        fix = "Set parallel.virtual_pipeline=1, or parallel.pipeline=2 or more"
+        yield Problem("parallel.virtual_pipeline", virtual, message, fix)
+    elif pipeline * virtual > layers:
+        key = "parallel.virtual_pipeline" if pipeline <= layers else "parallel.pipeline"
+        message = f"{pipeline} stages x {virtual} chunks want a layer each, and the model has {layers}"
+        fix = f"Set {key} to at most {layers // pipeline if pipeline <= layers else layers}"
+        yield Problem(key, get(config, key), message, fix)
 
 
 def _model(config: Config, world: int) -> Iterator[Problem]:
@@ -297,6 +308,7 @@ _Rule = Callable[[Config, int], Iterator[Problem]]
 _RULES: tuple[tuple[tuple[str, ...], _Rule], ...] = (
     ((), _run),
     (("parallel.tensor", "parallel.pipeline", "cluster.procs_per_node", "cluster.num_nodes"), _layout),
+    (("parallel.pipeline", "parallel.virtual_pipeline", "model.num_layers"), _pipeline),
     (
         (
             "model.hidden_size",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bigtrain.config.schema import Config, ModelConfig, TrainConfig
+from bigtrain.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
 
-BYTES_OF_DTYPE = {"fp32": 4, "bf16": 2}
+BYTES_OF_DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,46 @@ class ParameterCount:
     def per_rank(self, tensor: int) -> int:
         return self.sharded // tensor + self.replicated
 
+    def __add__(self, other: ParameterCount) -> ParameterCount:
+        return ParameterCount(self.sharded + other.sharded, self.replicated + other.replicated)
+
+    def __rmul__(self, times: int) -> ParameterCount:
+        return ParameterCount(times * self.sharded, times * self.replicated)
+
+
+@dataclass(frozen=True)
+class ParameterParts:
+    """The parameters of a model, by where a pipeline puts them."""
+
+    layer: ParameterCount
+    """One decoder layer."""
+    embedding: ParameterCount
+    """Word embedding: on the first stage; if tied, the last has a copy."""
+    positions: ParameterCount
+    """Learned positions: on the first stage."""
+    final_norm: ParameterCount
+    """On the last stage."""
+
+
+def parameter_parts(model: ModelConfig) -> ParameterParts:
+    """The parameters of each part of `model`, exactly."""
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    key_value = hidden // model.num_attention_heads * model.num_query_groups
+    first_ffn = 2 * ffn if model.activation == "swiglu" else ffn
+    norm = 2 * hidden if model.norm == "layernorm" else hidden
+
+    sharded = hidden * (hidden + 2 * key_value) + hidden * hidden + hidden * first_ffn + ffn * hidden
+    replicated = 2 * norm
+    if model.bias:
+        sharded += hidden + 2 * key_value + first_ffn
+        replicated += 2 * hidden
+    return ParameterParts(
+        layer=ParameterCount(sharded, replicated),
+        embedding=ParameterCount(model.vocab_size * hidden, 0),
+        positions=ParameterCount(0, model.max_positions * hidden if model.position == "learned" else 0),
+        final_norm=ParameterCount(0, norm),
+    )
+
 
 def count_parameters(model: ModelConfig) -> int:
     """Parameters of the model, each shared tensor once."""
@@ -32,23 +72,41 @@ def count_parameters(model: ModelConfig) -> int:
 
 
 def parameter_count(model: ModelConfig) -> ParameterCount:
-    """The parameters of `model`, exactly, split by what tensor parallelism shards."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    key_value = hidden // model.num_attention_heads * model.num_query_groups
-    first_ffn = 2 * ffn if model.activation == "swiglu" else ffn
-    norm = 2 * hidden if model.norm == "layernorm" else hidden
+    """The parameters of the whole of `model`, exactly, split by what tensor parallelism shards."""
+    parts = parameter_parts(model)
+    matrices = 1 if model.tie_embeddings else 2
+    return model.num_layers * parts.layer + matrices * parts.embedding + parts.positions + parts.final_norm
 
-    layer_sharded = hidden * (hidden + 2 * key_value) + hidden * hidden + hidden * first_ffn + ffn * hidden
-    layer_replicated = 2 * norm
-    if model.bias:
-        layer_sharded += hidden + 2 * key_value + first_ffn
-        layer_replicated += 2 * hidden
-    embeddings = model.vocab_size * hidden * (1 if model.tie_embeddings else 2)
-    positions = model.max_positions * hidden if model.position == "learned" else 0
-    return ParameterCount(
-        sharded=model.num_layers * layer_sharded + embeddings,
-        replicated=model.num_layers * layer_replicated + norm + positions,
-    )
+
+def layers_of_chunks(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Decoder layers of each model chunk, in the order of the model: chunk k lies on stage k % pipeline.
+
+    The chunks are as equal as they can be in weights, the embedding counted on the first and the output layer on the
+    last; each has at least one layer. Raises ValueError for fewer layers than chunks."""
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if model.num_layers < chunks:
+        raise ValueError(f"{model.num_layers} layers do not fill {chunks} chunks")
+    parts = parameter_parts(model)
+    layers, load = [1] * chunks, [parts.layer.total] * chunks
+    load[0] += parts.embedding.total + parts.positions.total
+    load[-1] += parts.embedding.total + parts.final_norm.total
+    for _ in range(model.num_layers - chunks):
+        lightest = min(range(chunks), key=load.__getitem__)
+        layers[lightest] += 1
+        load[lightest] += parts.layer.total
+    return tuple(layers)
+
+
+def parameters_of_stages(model: ModelConfig, parallel: ParallelConfig) -> list[ParameterCount]:
+    """What each pipeline stage holds. With tied embeddings the last of several stages has a copy of the first's."""
+    parts, stages = parameter_parts(model), parallel.pipeline
+    layers = layers_of_chunks(model, parallel)
+    counts = [sum(layers[stage::stages]) * parts.layer for stage in range(stages)]
+    counts[0] += parts.embedding + parts.positions
+    counts[-1] += parts.final_norm
+    if stages > 1 or not model.tie_embeddings:
+        counts[-1] += parts.embedding
+    return counts
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
@@ -104,17 +162,20 @@ class Derived:
     gradient_bytes_per_rank: int
     optimizer_bytes_per_rank: int
     flops_per_token: int
+    layers_of_chunks: tuple[int, ...]
+    """In the order of the model: chunk k lies on stage k % pipeline."""
 
 
 def derive(config: Config, world: int) -> Derived:
     """The derived numbers of a config that `check` finds nothing wrong with.
 
-    Bytes are those of the states that live from step to step (https://arxiv.org/abs/1910.02054, section 3.1), not of
-    activations and buffers: weights in precision.dtype, gradients in fp32, fp32 master weights and two moments.
+    Bytes are those of the states that live from step to step (https://arxiv.org/abs/1910.02054, section 3.1) on the
+    fullest stage, not of activations and buffers: weights in precision.dtype, gradients in fp32, fp32 master weights
+    and two moments.
     """
     model, train, parallel = config.model, config.train, config.parallel
     data = world // (parallel.tensor * parallel.pipeline)
-    on_rank = -(-parameter_count(model).per_rank(parallel.tensor) // parallel.pipeline)
+    on_rank = max(stage.per_rank(parallel.tensor) for stage in parameters_of_stages(model, parallel))
     element = BYTES_OF_DTYPE[config.precision.dtype]
     shard = -(-on_rank // data)
     return Derived(
@@ -133,14 +194,18 @@ def derive(config: Config, world: int) -> Derived:
         gradient_bytes_per_rank=4 * (shard if parallel.zero_stage >= 2 else on_rank),
         optimizer_bytes_per_rank=12 * (shard if parallel.zero_stage >= 1 else on_rank),
         flops_per_token=flops_per_token(model, train.sequence_length),
+        layers_of_chunks=layers_of_chunks(model, parallel),
     )
 
 
 def describe(derived: Derived) -> list[str]:
     """One line a number, with its unit: what a reader checks before step 0."""
     d = derived
+    stages = [d.layers_of_chunks[stage :: d.pipeline] for stage in range(d.pipeline)]
+    spread = ", ".join("+".join(map(str, chunks)) for chunks in stages)
     rows = [
         ("layout", f"{d.world} ranks = tensor {d.tensor} x pipeline {d.pipeline} x data {d.data}"),
+        *([("layers a stage", spread)] if d.pipeline > 1 else []),
         ("parameters", f"{d.num_parameters:,} ({d.num_parameters / 1e6:,.1f} M)"),
         ("model", f"{_size(d.model_bytes)} of weights"),
         ("tokens a microbatch", f"{d.num_tokens_per_microbatch:,} tokens a rank"),

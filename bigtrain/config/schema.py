@@ -93,8 +93,12 @@ class ParallelConfig:
 class PrecisionConfig:
     """Number formats."""
 
-    dtype: str = _choice("fp32", "fp32", "bf16")
+    dtype: str = _choice("fp32", "fp32", "bf16", "fp16")
     """Of weights in forward and backward. Master weights, gradient reduction and Adam moments are always fp32."""
+    initial_loss_scale: float = 65536.0
+    """fp16: what the loss is multiplied with at first. It is halved when a gradient overflows; that step is skipped."""
+    loss_scale_window: int = 1000
+    """fp16: steps without overflow after which the loss scale doubles."""
 
 
 @dataclass(frozen=True)

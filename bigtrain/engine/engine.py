@@ -7,16 +7,19 @@ cut.
 How the two vendors meet (DeepSpeed 0.19.8, Megatron-core 0.16.1):
 
 - The schedule calls autograd itself, so DeepSpeed sees its "PyTorch-style" backward. Before each one its
-  `clear_backward_seen_flag` must run, or the second backward in a row never reduces; a hook on the stage's output,
-  registered inside its forward, comes before DeepSpeed's own hook on the same tensor.
+  `clear_backward_seen_flag` must run, or the second backward in a row never reduces; and before DeepSpeed's own hook on
+  the output, or layers that are recomputed are reduced in part (stage.py: `announce_backward`).
 - DeepSpeed averages over its data-parallel group; we want a sum over ranks divided by the tokens, so the loss is
   multiplied by the group's size first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +28,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from bigtrain.config.schema import Config
 from bigtrain.data.loader import Microbatch
 from bigtrain.distributed.rng import seed_step
+from bigtrain.distributed.sharding import Shard
 from bigtrain.distributed.start import Runtime
 from bigtrain.engine import deepspeed_patches
-from bigtrain.engine.gather import keep_gathered
+from bigtrain.engine.gather import held, keep_gathered
 from bigtrain.engine.mpu import Mpu
 from bigtrain.engine.settings import deepspeed_config
+from bigtrain.engine.stage import TIED, Handle, Stage, announce_backward
+from bigtrain.engine.tied import TiedWeight
 from bigtrain.engine.vendor import import_deepspeed
 from bigtrain.model.attention import boundaries_of
-from bigtrain.model.build import Decoder, build, shards_of
+from bigtrain.model.build import EMBEDDING, Decoder, build, shards_of
 from bigtrain.model.initial import initialize
 from bigtrain.optim.adamw import build_optimizer
+from bigtrain.optim.loss_scale import LossScale
 
 
 @dataclass(frozen=True)
@@ -51,39 +58,6 @@ class LossSum:
         return self.nats / self.tokens.clamp(min=1)
 
 
-class Stage(torch.nn.Module):
-    """The module that DeepSpeed sees: the decoder, and the flag that lets every backward reduce."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.before_backward: Callable[[], None] = lambda: None
-
-    def forward(self, **inputs: Any) -> torch.Tensor:
-        output = self.decoder(**inputs)
-        if output.requires_grad:
-            output.register_hook(self._before_backward)
-        return output
-
-    def _before_backward(self, gradient: torch.Tensor) -> torch.Tensor:
-        self.before_backward()
-        return gradient
-
-
-class _Handle:
-    """The model as Megatron's schedule sees it: Megatron's attributes, DeepSpeed's forward."""
-
-    def __init__(self, decoder: Decoder, forward: Callable[..., torch.Tensor]) -> None:
-        self.config = decoder.config
-        self.model_type = decoder.model_type
-        self.set_input_tensor = decoder.set_input_tensor
-        self.decoder = decoder.decoder
-        self._forward = forward
-
-    def __call__(self, **inputs: Any) -> torch.Tensor:
-        return self._forward(**inputs)
-
-
 class Engine:
     """Model, gradients and optimizer of this rank. Building it is collective."""
 
@@ -95,9 +69,11 @@ class Engine:
         on_gpu = runtime.device.type == "cuda"
         if not on_gpu:
             deepspeed_patches.apply_on_cpu()
-        settings = deepspeed_config(config, keep_gathered=keep_gathered(config, runtime), on_gpu=on_gpu)
-        self.decoder = self._build_decoder(deepspeed, settings)
-        stage = Stage(self.decoder)
+        self._keeps_gathered = config.parallel.zero_stage == 3 and keep_gathered(config, runtime)
+        settings = deepspeed_config(config, keep_gathered=self._keeps_gathered, on_gpu=on_gpu)
+        self.chunks = self._build_chunks(deepspeed, settings)
+        self._tied = self._tied_weight()
+        stage = Stage(self.chunks, self._tied)
         self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=stage,
             optimizer=build_optimizer(stage.named_parameters(), config.optim),
@@ -105,15 +81,21 @@ class Engine:
             mpu=self.mpu,
             dist_init_required=False,
         )
-        stage.before_backward = self.optimizer.clear_backward_seen_flag
-        self._handle = _Handle(self.decoder, self._deepspeed)
+        self._handles = [Handle(chunk, partial(self._forward, index)) for index, chunk in enumerate(self.chunks)]
         self._schedule = get_forward_backward_func()
         seed_step(config.run.seed, 0, runtime.topology)  # sequence parallelism forks a stream in evaluations too
+        self.loss_scale = LossScale(config.precision.initial_loss_scale, config.precision.loss_scale_window)
+        """Of fp16; without effect in other precisions."""
         self.steps_taken = 0
         self.grad_norm = 0.0
         """Of the last step, before clipping."""
 
-    def _build_decoder(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
+    def shards(self) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
+        """Every parameter of this stage with its place in the whole model."""
+        for chunk in self.chunks:
+            yield from shards_of(chunk, self.runtime.topology)
+
+    def _build_chunks(self, deepspeed: Any, settings: dict[str, Any]) -> list[Decoder]:
         """Under ZeRO-3 each parameter is cut up as soon as its module is made, and only this rank's piece is filled."""
         config, topology = self.config, self.runtime.topology
         with deepspeed.zero.Init(
@@ -123,14 +105,36 @@ class Engine:
             remote_device=self.runtime.device.type,
             mpu=self.mpu,
         ):
-            decoder = build(config, self.runtime)
-        initialize(decoder, config.model, seed=config.run.seed, topology=topology)
-        for shard, parameter in shards_of(decoder, topology):
-            # DeepSpeed's gradient norm counts weights without this mark on one tensor rank only
-            parameter.tensor_model_parallel = shard.dim is not None and topology.tensor > 1  # type: ignore[attr-defined]
-            if getattr(parameter, "sequence_parallel", False):
-                parameter.register_hook(self._sum_over_tensor_group)
-        return decoder
+            chunks = build(config, self.runtime)
+        for chunk in chunks:
+            initialize(chunk, config.model, seed=config.run.seed, topology=topology)
+            for shard, parameter in shards_of(chunk, topology):
+                counted_here = shard.dim is not None or topology.tensor_rank == 0
+                is_copy = chunk.copies_embedding and shard.name == EMBEDDING
+                # what DeepSpeed's gradient norm counts on this rank: see mpu.py
+                parameter.tensor_model_parallel = counted_here and not is_copy  # type: ignore[attr-defined]
+                if getattr(parameter, "sequence_parallel", False):
+                    parameter.register_hook(self._sum_over_tensor_group)
+        return chunks
+
+    def _tied_weight(self) -> TiedWeight | None:
+        """The weight of this stage that another stage has too."""
+        topology = self.runtime.topology
+        if not self.config.model.tie_embeddings or topology.pipeline == 1:
+            return None
+        for shard, parameter in self.shards():
+            if shard.name == EMBEDDING:
+                return TiedWeight(parameter, self.runtime.groups.embd)
+        return None
+
+    def _forward(self, chunk: int, **inputs: Any) -> torch.Tensor:
+        output = self._deepspeed(chunk=chunk, **inputs)
+        return announce_backward(output, self._before_backward) if output.requires_grad else output
+
+    def _before_backward(self) -> None:
+        """DeepSpeed's flags, which its own `backward` would set."""
+        self.optimizer.clear_backward_seen_flag()
+        self._deepspeed._manual_backward_expected = True  # the loss is scaled already
 
     def _sum_over_tensor_group(self, gradient: torch.Tensor) -> torch.Tensor:
         """Each tensor rank saw a part of the sequence. A hook on the leaf runs before DeepSpeed reduces."""
@@ -141,9 +145,15 @@ class Engine:
         seed_step(self.config.run.seed, self.steps_taken, self.runtime.topology)
         self._deepspeed.train()
         tokens = self._count_tokens(microbatches)
-        # DeepSpeed will divide by the size of its group, which for ZeRO 0 is one
+        # DeepSpeed will divide by the size of its group, which for ZeRO 0 is one, and by the loss scale
         scale = self.mpu.get_data_parallel_world_size() / tokens.clamp(min=1).float()
-        return LossSum(self._run(microbatches, scale, forward_only=False), tokens)
+        if self.config.precision.dtype == "fp16":
+            self.optimizer.override_loss_scale(self.loss_scale.value)
+            scale = scale * self.loss_scale.value
+        nats = self._run(microbatches, scale, forward_only=False)
+        if self._tied is not None:
+            self._forward(TIED).backward()
+        return LossSum(nats, tokens)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch]) -> LossSum:
@@ -159,22 +169,35 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._deepspeed.step()
+        if self.config.parallel.zero_stage == 3:
+            # DeepSpeed overwrites in the first backward of a step and adds in the others; a chunk may come later
+            self.optimizer.grad_partitions_flat_buffer.zero_()
         self.steps_taken += 1
         self.grad_norm = float(self._deepspeed.get_global_grad_norm())
+        self.loss_scale.update(overflowed=not math.isfinite(self.grad_norm))
         return self.grad_norm
 
     def _run(self, microbatches: Sequence[Microbatch], scale: torch.Tensor, *, forward_only: bool) -> torch.Tensor:
         """Sum of the loss in nats over the global batch, on every rank."""
         train, runtime = self.config.train, self.runtime
-        sums = self._schedule(
-            forward_step_func=self._forward_step(scale.to(runtime.device)),
-            data_iterator=iter(microbatches),
-            model=self._handle,  # type: ignore[arg-type]  # all that it asks of a module
-            num_microbatches=len(microbatches),
-            seq_length=train.sequence_length,
-            micro_batch_size=train.micro_batch_size,
-            forward_only=forward_only,
-        )
+        interleaved = len(self.chunks) > 1
+        if interleaved:
+            microbatches = _filled(microbatches, runtime.topology.pipeline)
+            # neighbours of one chunk that run before the next chunk's: Megatron wants whole groups
+            self.chunks[0].config.microbatch_group_size_per_vp_stage = _group_size(
+                len(microbatches), runtime.topology.pipeline
+            )
+        iterators = [iter(microbatches) for _ in self.chunks]
+        with held(parameter for _, parameter in self.shards()) if self._keeps_gathered else nullcontext():
+            sums = self._schedule(
+                forward_step_func=self._forward_step(scale.to(runtime.device)),
+                data_iterator=iterators if interleaved else iterators[0],
+                model=self._handles if interleaved else self._handles[0],  # type: ignore[arg-type]
+                num_microbatches=len(microbatches),
+                seq_length=train.sequence_length,
+                micro_batch_size=train.micro_batch_size,
+                forward_only=forward_only,
+            )
         # only the last stage has sums; the others contribute nothing
         total = torch.stack(sums).sum() if sums else torch.zeros((), device=runtime.device)
         runtime.all_reduce(total, group=runtime.groups.dp)
@@ -190,7 +213,7 @@ class Engine:
             nats = (losses * mask).sum()
             return nats * scale, mask.sum().int(), nats.detach()
 
-        def step(batches: Iterator[Microbatch], model: _Handle) -> tuple[torch.Tensor, Any]:
+        def step(batches: Iterator[Microbatch], model: Handle) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
             boundaries = None if batch.single_document else boundaries_of(batch.documents_BS)
             mask = batch.loss_mask_BS.to(device, torch.float32)
@@ -214,7 +237,8 @@ class Engine:
         """ZeRO 0: sum over the data ranks what DeepSpeed would have reduced, in fp32."""
         gradients = getattr(self.optimizer, "fp32_groups_gradients_flat", None)  # bf16: already flat and fp32
         if gradients is None:
-            gradients = [p.grad for p in self.decoder.parameters() if p.grad is not None]
+            found = [self.optimizer.get_param_gradient_attribute(p) for _, p in self.shards()]
+            gradients = [gradient for gradient in found if gradient is not None]
         for bucket in _buckets(gradients):
             if len(bucket) == 1:
                 self.runtime.all_reduce(bucket[0], group=self.runtime.groups.dp)
@@ -222,6 +246,23 @@ class Engine:
             flat = self.runtime.all_reduce(torch.cat([g.flatten() for g in bucket]), group=self.runtime.groups.dp)
             for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
+
+
+def _filled(microbatches: Sequence[Microbatch], least: int) -> Sequence[Microbatch]:
+    """At least `least` microbatches, by repeating the last without a token to predict: it changes neither the loss nor
+    the gradient. The interleaved schedule wants one a stage."""
+    last = microbatches[-1]
+    empty = replace(last, loss_mask_BS=torch.zeros_like(last.loss_mask_BS))
+    return [*microbatches, *[empty] * (least - len(microbatches))]
+
+
+def _group_size(num_microbatches: int, pipeline: int) -> int:
+    """The smallest group, of at least a microbatch a stage, whose last is not smaller than that either."""
+    return next(
+        size
+        for size in range(pipeline, num_microbatches + 1)
+        if num_microbatches % size == 0 or num_microbatches % size >= pipeline
+    )
 
 
 def _buckets(tensors: Sequence[torch.Tensor], elements: int = 1 << 26) -> Iterator[list[torch.Tensor]]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from bigtrain.config.derive import BYTES_OF_DTYPE, parameter_count
+from bigtrain.config.derive import BYTES_OF_DTYPE, parameters_of_stages
 from bigtrain.config.schema import Config
 from bigtrain.distributed.start import Runtime
 
@@ -21,10 +25,66 @@ def keep_gathered(config: Config, runtime: Runtime) -> bool:
     """`parallel.gather` decided. Collective: the ranks must gather alike, so one with little memory decides for all."""
     if config.parallel.gather != "auto":
         return config.parallel.gather == "step"
-    weights = parameter_count(config.model).per_rank(config.parallel.tensor) // config.parallel.pipeline
+    parallel = config.parallel
+    weights = max(stage.per_rank(parallel.tensor) for stage in parameters_of_stages(config.model, parallel))
     fits = weights * BYTES_OF_DTYPE[config.precision.dtype] <= SHARE_OF_FREE_MEMORY * free_bytes(runtime.device)
     vote = torch.tensor([int(fits)], device=runtime.device)
     return bool(runtime.all_reduce(vote, op=dist.ReduceOp.MIN).item())
+
+
+@contextmanager
+def held(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """While the block runs, ZeRO-3 releases none of `parameters`.
+
+    DeepSpeed's persistent parameters are meant for that, but without a recorded trace, as under 1F1B, its coordinator
+    releases those too (partitioned_param_coordinator.py:498). It leaves a parameter that some module uses."""
+    users: list[set[int]] = [parameter.ds_active_sub_modules for parameter in parameters]  # type: ignore[attr-defined]
+    for modules in users:
+        modules.add(_HOLDER)
+    try:
+        yield
+    finally:
+        for modules in users:
+            modules.discard(_HOLDER)
+
+
+_HOLDER = -1
+"""No module's number."""
+
+
+class GatherMeter:
+    """Counts, in the collectives themselves, what ZeRO-3 gathers on this rank while the block runs.
+
+    with GatherMeter(parameters) as meter: engine.forward_backward(...)"""
+
+    bytes_gathered = 0
+    """Of all gathered weights, this rank's own part included."""
+    peak_bytes_held = 0
+    """Of whole weights that were there, or on their way, at one time."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """`parameters`: those under ZeRO-3."""
+        self._parameters: list[Any] = list(parameters)
+
+    def __enter__(self) -> GatherMeter:
+        self._backend: Any = import_module("deepspeed.comm.comm").cdb
+        self._original = self._backend.all_gather_into_tensor
+        self._backend.all_gather_into_tensor = self._gather
+        self._look()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        del self._backend.all_gather_into_tensor  # the class's method is seen again
+
+    def _gather(self, output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.bytes_gathered += output_tensor.nbytes
+        handle = self._original(output_tensor, *args, **kwargs)
+        self._look()
+        return handle
+
+    def _look(self) -> None:
+        held = sum(p.ds_numel * p.element_size() for p in self._parameters if p.ds_status.name != "NOT_AVAILABLE")
+        self.peak_bytes_held = max(self.peak_bytes_held, held)
 
 
 def free_bytes(device: torch.device) -> int:

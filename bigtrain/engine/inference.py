@@ -41,7 +41,8 @@ def load(checkpoint: Path, *, device: str = "auto") -> Loaded:
         raise UserError(f"checkpoint {folder}: its model is not one that this version knows ({error})") from error
     config = Config(model=model, parallel=ParallelConfig(zero_stage=0), precision=PrecisionConfig(dtype="fp32"))
     runtime = start(replace(config, cluster=replace(config.cluster, device=device)))
-    decoder = build(config, runtime).to(runtime.device).eval()
+    (decoder,) = build(config, runtime)
+    decoder.to(runtime.device).eval()
     wanted = {shard.name: parameter for shard, parameter in shards_of(decoder, runtime.topology)}
     store.check_shapes(folder, {f"weight.{name}": parameter.shape for name, parameter in wanted.items()})
     for name, tensor in store.load_full(folder).items():

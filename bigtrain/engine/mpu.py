@@ -4,8 +4,9 @@ ZeRO shards over the data-parallel group. ZeRO 0 is ZeRO 1 over a group of one r
 optimizer, the engine adds the gradients up itself, and all stages share one code path (DeepSpeed's own stage 0 refuses
 the backward of Megatron's schedules, engine.py:3132).
 
-The gradient norm spans `get_model_parallel_group`: tensor and pipeline ranks. `get_model_parallel_rank` decides who
-counts a replicated weight: the first tensor rank of every stage.
+The gradient norm spans `get_model_parallel_group`: tensor and pipeline ranks. There DeepSpeed counts every weight on
+model-parallel rank 0, and on other ranks those marked `tensor_model_parallel`. Rank 0 of the last stage may hold a copy
+of a tied weight, which ZeRO-3's norm has no mark for, so no rank is rank 0 here; the engine marks what each one counts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 import torch.distributed as dist
 
 from bigtrain.distributed.start import Runtime
+
+COUNTS_ONLY_MARKED = 1
+"""Any rank but 0; DeepSpeed uses it for the gradient norm, and in the names of its own checkpoints."""
 
 
 class Mpu:
@@ -41,7 +45,7 @@ class Mpu:
         return self._runtime.groups.mp.size()
 
     def get_model_parallel_rank(self) -> int:
-        return self._runtime.topology.tensor_rank
+        return COUNTS_ONLY_MARKED
 
     def get_tensor_model_parallel_group(self) -> Any:
         return self._runtime.groups.tp
@@ -50,7 +54,7 @@ class Mpu:
         return self._runtime.topology.tensor
 
     def get_tensor_model_parallel_rank(self) -> int:
-        return self._runtime.topology.tensor_rank
+        return COUNTS_ONLY_MARKED
 
 
 def _group_of_one() -> Any:

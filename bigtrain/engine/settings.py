@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bigtrain.config.derive import parameter_count
+from bigtrain.config.derive import parameters_of_stages
 from bigtrain.config.schema import Config
 
 KEEP = 10**15
@@ -15,21 +15,27 @@ def deepspeed_config(config: Config, *, keep_gathered: bool, on_gpu: bool) -> di
     """The schedule owns the microbatches, so for DeepSpeed every step() ends one accumulation (its "unmanaged"
     mode). Gradients are accumulated and reduced in fp32 whatever the weights are.
 
-    `keep_gathered`: ZeRO-3 keeps a gathered parameter until the step ends."""
-    weights = parameter_count(config.model).per_rank(config.parallel.tensor)
+    `keep_gathered`: ZeRO-3 keeps the gathered weights until the optimizer changes them."""
+    parallel = config.parallel
+    weights = max(stage.per_rank(parallel.tensor) for stage in parameters_of_stages(config.model, parallel))
     zero: dict[str, Any] = {
-        "stage": max(config.parallel.zero_stage, 1),  # stage 0 is stage 1 over a group of one: see mpu.py
-        "overlap_comm": on_gpu and config.parallel.zero_stage == 3,  # DeepSpeed's default; a CPU has no second stream
+        "stage": max(parallel.zero_stage, 1),  # stage 0 is stage 1 over a group of one: see mpu.py
+        "overlap_comm": on_gpu and parallel.zero_stage == 3,  # DeepSpeed's default; a CPU has no second stream
         "contiguous_gradients": on_gpu,  # against fragments there; on a CPU one more copy of every gradient
         # DeepSpeed allocates a whole bucket in every step, so it is no larger than what there is to reduce
         "reduce_bucket_size": min(weights, 500_000_000),
         "allgather_bucket_size": 2 * -(-min(weights, 500_000_000) // 2),  # even, as it wants it
         "memory_efficient_linear": False,
     }
-    if config.parallel.zero_stage == 3:
+    if parallel.zero_stage == 3:
         zero["round_robin_gradients"] = False
+        # the gradient norm has a collective a sub-group, over stages that may differ in size
+        zero["sub_group_size"] = KEEP
         if keep_gathered:
-            zero |= {"stage3_max_live_parameters": KEEP, "stage3_max_reuse_distance": KEEP}
+            # gathered once, behind the update. The thresholds of reuse only span a microbatch, and nothing under 1F1B
+            zero |= {"stage3_param_persistence_threshold": KEEP, "stage3_model_persistence_threshold": KEEP}
+        else:
+            zero["stage3_max_reuse_distance"] = 0  # released behind each module, forward and backward
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -43,4 +49,6 @@ def deepspeed_config(config: Config, *, keep_gathered: bool, on_gpu: bool) -> di
     }
     if config.precision.dtype == "bf16":
         settings["bf16"] = {"enabled": True}
+    if config.precision.dtype == "fp16":
+        settings["fp16"] = {"enabled": True, "loss_scale": 1}  # static for DeepSpeed: the engine sets it in every step
     return settings

@@ -16,7 +16,6 @@ import torch
 
 from bigtrain.checkpoint.slices import Fragment
 from bigtrain.distributed.sharding import Shard
-from bigtrain.model.build import shards_of
 
 if TYPE_CHECKING:
     from bigtrain.engine.engine import Engine
@@ -94,9 +93,9 @@ def _fragments(engine: Engine, tensors_of: Callable[[torch.Tensor], dict[str, to
             shard,
             run.start,
             {kind: whole.narrow(0, run.offset, run.numel) for kind, whole in by_flat[run.flat].items()},
-            owned=not copy_elsewhere and (shard.dim is not None or topology.tensor_rank == 0),
+            owned=not copy_elsewhere and bool(parameter.tensor_model_parallel),  # type: ignore[attr-defined]
         )
-        for shard, parameter in shards_of(engine.decoder, topology)
+        for shard, parameter in engine.shards()
         for run in runs_of(engine, shard, parameter)
     ]
 

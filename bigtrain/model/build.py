@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from bigtrain.config.derive import layers_of_chunks
 from bigtrain.config.schema import Config, ModelConfig
 from bigtrain.distributed.sharding import Shard
 from bigtrain.distributed.start import Runtime
@@ -32,11 +33,16 @@ from bigtrain.model.norms import LayerNorm, RMSNorm
 from bigtrain.model.pointwise import SwiGLU
 from bigtrain.topology import Topology
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Decoder(GPTModel):
-    """GPTModel whose loss over an unsplit vocabulary is one kernel instead of Megatron's dozen."""
+    """A chunk of the model: some layers, with the embedding in front of the first and the output layer behind the last.
+
+    A GPTModel whose loss over an unsplit vocabulary is one kernel instead of Megatron's dozen."""
+
+    copies_embedding = False
+    """Its output layer is a copy of the word embedding that another stage holds."""
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in nats, fp32 [B, S], of `labels` [B, S] under `logits` [S, B, V / tensor]."""
@@ -84,6 +90,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(config) if parallel.pipeline > 1 else None,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -100,6 +107,14 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         calculate_per_token_loss=True,
         **_RECOMPUTE[config.train.recompute],
     )
+
+
+def _pipeline_layout(config: Config) -> Any:
+    """Which layers each chunk has, in Megatron's terms: chunk by chunk in the order of the model."""
+    chunks = [["decoder"] * count for count in layers_of_chunks(config.model, config.parallel)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -141,38 +156,50 @@ def _norm(model: ModelConfig) -> type[torch.nn.Module]:
     return RMSNorm if model.norm == "rmsnorm" else LayerNorm
 
 
-def build(config: Config, runtime: Runtime) -> Decoder:
-    """This pipeline stage's part of the model on `runtime.device`, parameters uninitialised."""
-    model, topology = config.model, runtime.topology
+def build(config: Config, runtime: Runtime) -> list[Decoder]:
+    """This pipeline stage's chunks of the model on `runtime.device`, parameters uninitialised.
+
+    Megatron would tie the embeddings of two stages with collectives on whole weights while it builds; here they are two
+    parameters of one name, which start alike because all of that name do, and the engine keeps them alike."""
     megatron = transformer_config(config, runtime.device)
-    num_layers = get_num_layers_to_build(megatron, pp_rank=topology.stage)
+    chunks = config.parallel.virtual_pipeline
+    return [_build_chunk(config, runtime, megatron, chunk if chunks > 1 else None) for chunk in range(chunks)]
+
+
+def _build_chunk(config: Config, runtime: Runtime, megatron: TransformerConfig, chunk: int | None) -> Decoder:
+    model, parallel, stage = config.model, config.parallel, runtime.topology.stage
+    place = (chunk or 0) * parallel.pipeline + stage
+    is_first, is_last = place == 0, place == parallel.pipeline * parallel.virtual_pipeline - 1
     layers = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(model)] * num_layers,
+        layer_specs=[layer_spec(model)] * get_num_layers_to_build(megatron, vp_stage=chunk, pp_rank=stage),
         layer_norm=_norm(model),  # type: ignore[arg-type]
     )
-    return Decoder(
+    decoder = Decoder(
         megatron,
         layers,  # type: ignore[arg-type]  # it takes a block's submodules as well
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_positions,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        share_embeddings_and_output_weights=model.tie_embeddings,
+        pre_process=is_first,
+        post_process=is_last,
+        share_embeddings_and_output_weights=model.tie_embeddings and parallel.pipeline == 1,
         position_embedding_type="none" if model.position == "rope" else "learned_absolute",  # rope: in the attention
         pg_collection=runtime.groups,
+        vp_stage=chunk,
     )
+    decoder.copies_embedding = model.tie_embeddings and is_last and not is_first
+    return decoder
 
 
-def shards_of(stage: Decoder, topology: Topology) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
-    """Every parameter of the stage with its place in the whole model, in registration order.
+def shards_of(chunk: Decoder, topology: Topology) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
+    """Every parameter of a chunk with its place in the whole model, in registration order.
 
     Under ZeRO-3 a parameter may be empty at the moment; its shape is then the one that DeepSpeed remembers."""
-    for path, module in stage.named_modules():
+    for path, module in chunk.named_modules():
         for field, parameter in module.named_parameters(recurse=False):
-            name = _global_name(stage, f"{path}.{field}")
+            name = _global_name(chunk, f"{path}.{field}")
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             dim = _split_dimension(module, field)
-            parts = 2 if dim == 0 and name.rsplit(".", 2)[-2] == "linear_fc1" and stage.config.gated_linear_unit else 1
+            parts = 2 if dim == 0 and name.rsplit(".", 2)[-2] == "linear_fc1" and chunk.config.gated_linear_unit else 1
             yield (
                 Shard.of(name, shape, dim=dim, rank=topology.tensor_rank, size=topology.tensor, parts=parts),
                 parameter,
@@ -186,11 +213,16 @@ def _split_dimension(module: torch.nn.Module, field: str) -> int | None:
     return 1 if isinstance(module, RowParallelLinear) and field == "weight" else None
 
 
-def _global_name(stage: Decoder, name: str) -> str:
-    """Layers are numbered within the stage in Megatron's module names; Megatron's `layer_number` counts from 1
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def _global_name(chunk: Decoder, name: str) -> str:
+    """Layers are numbered within the chunk in Megatron's module names; Megatron's `layer_number` counts from 1
     through the whole model."""
+    if name == "output_layer.weight" and chunk.copies_embedding:
+        return EMBEDDING
     if not name.startswith("decoder.layers."):
         return name
     _, _, index, rest = name.split(".", 3)
-    layer: Any = stage.decoder.layers[int(index)]
+    layer: Any = chunk.decoder.layers[int(index)]
     return f"decoder.layers.{layer.layer_number - 1}.{rest}"

@@ -22,10 +22,10 @@ BLOCK_ELEMENTS = 1 << 20
 
 
 @torch.no_grad()
-def initialize(stage: Decoder, model: ModelConfig, *, seed: int, topology: Topology) -> None:
-    """Fill every parameter of the stage: matrices N(0, init_std), the two residual output layers of a block divided by
+def initialize(chunk: Decoder, model: ModelConfig, *, seed: int, topology: Topology) -> None:
+    """Fill every parameter of the chunk: matrices N(0, init_std), the two residual output layers of a block divided by
     sqrt(2 num_layers) (GPT-2, section 2.3), norms 1, biases 0. Fills only this rank's part under ZeRO-3."""
-    for shard, parameter in shards_of(stage, topology):
+    for shard, parameter in shards_of(chunk, topology):
         partition = getattr(parameter, "ds_tensor", None)  # ZeRO-3's flat, padded piece
         target = parameter.data.view(-1) if partition is None else partition.data
         start = 0 if partition is None else min(topology.data_rank * target.numel(), shard.numel)

@@ -37,6 +37,7 @@ class Saver:
             "format": folders.FORMAT,
             "step": step,
             "adam_step": engine_state.adam_step(engine),
+            "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
             "cursor": cursor.to_dict(),
             "config": {name: value for name, value in config.items() if name not in ("cluster", "tracker")},
             "versions": {"bigtrain": bigtrain.__version__, **{name: version(name) for name in PACKAGES}},
@@ -52,6 +53,7 @@ class Saver:
         state = store.load(folder, engine_state.fragments(engine))
         engine_state.after_load(engine, adam_step=state["adam_step"])
         engine.steps_taken = state["step"]
+        engine.loss_scale = dataclasses.replace(engine.loss_scale, **state["loss_scale"])
         return state["step"], Cursor.from_dict(state["cursor"])
 
 

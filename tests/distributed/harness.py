@@ -291,6 +291,9 @@ def _clean_deepspeed_engines() -> None:
         elif type(found) is functools._lru_cache_wrapper and found.__name__ == "__params_to_release":
             found.cache_clear()
     offload.FWD_MODULE_STACK.clear()
+    # modules and parameters are numbered through a process's life, and the ranks of a group compare the numbers
+    offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    sys.modules["deepspeed.runtime.zero.partition_parameters"].Init.param_id = 0
 
 
 def _clean_megatron() -> None:

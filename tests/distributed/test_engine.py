@@ -96,7 +96,6 @@ def train_slowly(config: Config, lr: float, steps: int) -> Masters:
     from bigtrain.distributed.start import start
     from bigtrain.engine import state
     from bigtrain.engine.engine import Engine
-    from bigtrain.model.build import shards_of
 
     engine = Engine(config, start(config))
 
@@ -106,7 +105,7 @@ def train_slowly(config: Config, lr: float, steps: int) -> Masters:
     def low() -> torch.Tensor:
         """The same elements as the forward sees them, in bf16."""
         found = []
-        by_name = {shard.name: parameter for shard, parameter in shards_of(engine.decoder, engine.runtime.topology)}
+        by_name = {shard.name: parameter for shard, parameter in engine.shards()}
         for fragment in state.fragments(engine):
             parameter: Any = by_name[fragment.shard.name]
             numel = fragment.tensors["weight"].numel()

@@ -117,7 +117,7 @@ def shapes(models: list[ModelConfig], layout: dict[str, Any]) -> list[tuple[int,
     found = []
     runtime = start(small.config(**layout))
     for model in models:
-        decoder = build(small.config(model, **layout), runtime)
+        (decoder,) = build(small.config(model, **layout), runtime)
         shards = list(shards_of(decoder, runtime.topology))
         assert all(shard.local_shape == parameter.shape for shard, parameter in shards)
         names = {shard.name: shard.global_shape for shard, _ in shards}
@@ -215,7 +215,6 @@ def memory_of_building(config: Config) -> Memory:
 
     from bigtrain.distributed.start import start
     from bigtrain.engine.engine import Engine
-    from bigtrain.model.build import shards_of
 
     class Heap(TorchDispatchMode):
         peak = 0
@@ -228,18 +227,18 @@ def memory_of_building(config: Config) -> Memory:
     found: list[tuple[int, int]] = []
 
     class Measured(Engine):
-        def _build_decoder(self, deepspeed: Any, settings: dict[str, Any]) -> Any:
+        def _build_chunks(self, deepspeed: Any, settings: dict[str, Any]) -> Any:
             gc.collect()
             before = allocated()
             with Heap() as heap:
-                decoder = super()._build_decoder(deepspeed, settings)
+                decoder = super()._build_chunks(deepspeed, settings)
             gc.collect()
             found.append((heap.peak - before, allocated() - before))
             return decoder
 
     engine = Measured(config, start(config))
     ((peak, left),) = found
-    sizes = [4 * shard.numel for shard, _ in shards_of(engine.decoder, engine.runtime.topology)]
+    sizes = [4 * shard.numel for shard, _ in engine.shards()]
     return Memory(peak, left, sum(sizes), max(sizes))
 
 

@@ -33,7 +33,7 @@ def ours(job: Job, clock: Clock) -> None:
     runtime = start(config)
     clock.mark("process group")
     engine = Engine(config, runtime)
-    check_parameters(job, sum(getattr(p, "ds_numel", p.numel()) for p in engine.decoder.parameters()))
+    check_parameters(job, sum(getattr(p, "ds_numel", p.numel()) for chunk in engine.chunks for p in chunk.parameters()))
     clock.mark("engine")
     positions = torch.arange(job.sequence_length).expand(job.rank_batch_size, -1)
 

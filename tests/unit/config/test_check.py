@@ -40,8 +40,15 @@ def test_a_sound_config_has_no_problem() -> None:
     ("changes", "key", "says"),
     [
         ({"parallel__tensor": 3}, "parallel.tensor", "4 ranks"),
-        ({"parallel__pipeline": 2}, "parallel.pipeline", "this version has no pipeline"),
-        ({"parallel__virtual_pipeline": 2}, "parallel.virtual_pipeline", "this version has no pipeline"),
+        ({"parallel__pipeline": 3}, "parallel.pipeline", "do not divide into tensor 1 x pipeline 3"),
+        ({"parallel__pipeline": 2, "model__num_layers": 1}, "parallel.pipeline", "the model has 1"),
+        (
+            {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "model__num_layers": 3},
+            "parallel.virtual_pipeline",
+            "Set parallel.virtual_pipeline to at most 1",
+        ),
+        ({"parallel__virtual_pipeline": 2}, "parallel.virtual_pipeline", "there is one stage"),
+        ({"precision__loss_scale_window": 0}, "precision.loss_scale_window", "at least 1"),
         ({"parallel__sequence": True}, "parallel.sequence", "one rank"),
         ({"parallel__zero_stage": 4}, "parallel.zero_stage", "at most 3"),
         ({"parallel__gather": "stp"}, "parallel.gather", "nearest: step"),

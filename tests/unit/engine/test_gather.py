@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from bigtrain.config.derive import count_parameters, parameter_count
+from bigtrain.config.derive import count_parameters, parameter_count, parameters_of_stages
 from bigtrain.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
 from bigtrain.engine import gather
 from bigtrain.engine.gather import SHARE_OF_FREE_MEMORY, free_bytes, keep_gathered
@@ -54,7 +54,9 @@ def test_tensor_ranks_and_stages_share_the_weights(monkeypatch: pytest.MonkeyPat
     needed = 4 * parameter_count(MODEL).per_rank(4) / SHARE_OF_FREE_MEMORY
     assert decide(monkeypatch, needed, tensor=4)
     assert not decide(monkeypatch, needed, tensor=2)
-    assert decide(monkeypatch, needed, tensor=2, pipeline=2)
+    fullest = max(stage.per_rank(2) for stage in parameters_of_stages(MODEL, ParallelConfig(tensor=2, pipeline=2)))
+    assert decide(monkeypatch, 4 * fullest / SHARE_OF_FREE_MEMORY, tensor=2, pipeline=2)
+    assert not decide(monkeypatch, 4 * fullest / SHARE_OF_FREE_MEMORY - 16, tensor=2, pipeline=2)
 
 
 def test_one_rank_with_little_memory_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,56 @@
+"""ZeRO-3's gather policies do what they say, counted in the collectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from bigtrain.config.schema import Config
+from tests.distributed import small
+from tests.distributed.harness import PoolFactory
+
+MODEL = replace(small.LLAMA, num_layers=8, hidden_size=256, ffn_hidden_size=704)
+"""Matrices far above DeepSpeed's threshold, below which a weight stays gathered whatever the policy."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    gathered: int
+    peak: int
+    whole: int
+    """Bytes of the weights of this stage."""
+    microbatches: int
+
+
+def measure(config: Config) -> Measured:
+    """On a rank: the second step, when every step is like it."""
+    from bigtrain.distributed.start import start
+    from bigtrain.engine.engine import Engine
+    from bigtrain.engine.gather import GatherMeter
+
+    engine = Engine(config, start(config))
+    mine = small.share_of(small.global_batch(0), engine.runtime.topology)
+    engine.forward_backward(mine)
+    engine.optimizer_step(1e-3)
+    parameters: list[Any] = [parameter for _, parameter in engine.shards()]
+    with GatherMeter(parameters) as meter:
+        engine.forward_backward(mine)
+        engine.optimizer_step(1e-3)
+    whole = sum(p.ds_numel * p.element_size() for p in parameters)
+    return Measured(meter.bytes_gathered, meter.peak_bytes_held, whole, len(mine))
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_step_gathers_once_and_microbatch_holds_little(pool: PoolFactory, pipeline: int) -> None:
+    def run(gather: str) -> list[Measured]:
+        config = small.config(MODEL, zero_stage=3, pipeline=pipeline, gather=gather)
+        return pool(2 * pipeline).run(measure, config)
+
+    for once, often in zip(run("step"), run("microbatch"), strict=True):
+        assert once.gathered == pytest.approx(once.whole, rel=0.02), "each weight once"
+        assert once.peak == once.whole
+        # in the forward and in the backward; what lies at the turn is still there
+        assert 1.4 * often.microbatches < often.gathered / often.whole <= 2.02 * often.microbatches
+        assert often.peak < 0.7 * often.whole
