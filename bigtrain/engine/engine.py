@@ -31,7 +31,7 @@ from bigtrain.distributed.rng import seed_step
 from bigtrain.distributed.sharding import Shard
 from bigtrain.distributed.start import Runtime
 from bigtrain.engine import deepspeed_patches
-from bigtrain.engine.gather import held, keep_gathered
+from bigtrain.engine.gather import Releases, held, keep_gathered
 from bigtrain.engine.mpu import Mpu
 from bigtrain.engine.settings import deepspeed_config
 from bigtrain.engine.stage import TIED, Handle, Stage, announce_backward
@@ -81,6 +81,8 @@ class Engine:
             mpu=self.mpu,
             dist_init_required=False,
         )
+        releases_late = config.parallel.zero_stage == 3 and config.parallel.pipeline > 1 and not self._keeps_gathered
+        self._releases = [Releases(chunk) for chunk in self.chunks] if releases_late else []
         self._handles = [Handle(chunk, partial(self._forward, index)) for index, chunk in enumerate(self.chunks)]
         self._schedule = get_forward_backward_func()
         seed_step(config.run.seed, 0, runtime.topology)  # sequence parallelism forks a stream in evaluations too
@@ -129,10 +131,16 @@ class Engine:
 
     def _forward(self, chunk: int, **inputs: Any) -> torch.Tensor:
         output = self._deepspeed(chunk=chunk, **inputs)
-        return announce_backward(output, self._before_backward) if output.requires_grad else output
+        if not output.requires_grad:
+            return output
+        if self._releases and chunk != TIED:
+            self._releases[chunk].after_forward()
+        return announce_backward(output, partial(self._before_backward, chunk))
 
-    def _before_backward(self) -> None:
+    def _before_backward(self, chunk: int) -> None:
         """DeepSpeed's flags, which its own `backward` would set."""
+        if self._releases and chunk != TIED:
+            self._releases[chunk].before_backward()
         self.optimizer.clear_backward_seen_flag()
         self._deepspeed._manual_backward_expected = True  # the loss is scaled already
 

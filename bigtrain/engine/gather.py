@@ -52,6 +52,25 @@ _HOLDER = -1
 """No module's number."""
 
 
+class Releases:
+    """ZeRO-3's releases behind a backward, where several forwards may come before it, as under 1F1B.
+
+    DeepSpeed releases a module's weights when a count of its inputs has come down to 0. A forward sets the count anew
+    (parameter_offload.py:438), so of two forwards in a row only the first backward released; here each one begins with
+    the count of a forward."""
+
+    def __init__(self, chunk: torch.nn.Module) -> None:
+        self._modules: list[Any] = list(chunk.modules())
+        self._counts: list[int] = []
+
+    def after_forward(self) -> None:
+        self._counts = [getattr(module, "ds_grads_remaining", 0) for module in self._modules]
+
+    def before_backward(self) -> None:
+        for module, count in zip(self._modules, self._counts, strict=True):
+            module.ds_grads_remaining = count
+
+
 class GatherMeter:
     """Counts, in the collectives themselves, what ZeRO-3 gathers on this rank while the block runs.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bigtrain.config.derive import parameters_of_stages
+from bigtrain.config.derive import parameter_parts, parameters_of_stages
 from bigtrain.config.schema import Config
 
 KEEP = 10**15
@@ -35,7 +35,10 @@ def deepspeed_config(config: Config, *, keep_gathered: bool, on_gpu: bool) -> di
             # gathered once, behind the update. The thresholds of reuse only span a microbatch, and nothing under 1F1B
             zero |= {"stage3_param_persistence_threshold": KEEP, "stage3_model_persistence_threshold": KEEP}
         else:
-            zero["stage3_max_reuse_distance"] = 0  # released behind each module, forward and backward
+            # released behind each module in forward and backward, and at most the next layer is gathered ahead
+            layer = parameter_parts(config.model).layer.per_rank(parallel.tensor)
+            zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": layer}
+            zero["stage3_max_live_parameters"] = 2 * layer
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,

@@ -11,7 +11,7 @@ from bigtrain.config.schema import Config
 from tests.distributed import small
 from tests.distributed.harness import PoolFactory
 
-MODEL = replace(small.LLAMA, num_layers=8, hidden_size=256, ffn_hidden_size=704)
+MODEL = replace(small.LLAMA, num_layers=12, hidden_size=256, ffn_hidden_size=704)
 """Matrices far above DeepSpeed's threshold, below which a weight stays gathered whatever the policy."""
 
 
@@ -52,5 +52,5 @@ def test_step_gathers_once_and_microbatch_holds_little(pool: PoolFactory, pipeli
         assert once.gathered == pytest.approx(once.whole, rel=0.02), "each weight once"
         assert once.peak == once.whole
         # in the forward and in the backward; what lies at the turn is still there
-        assert 1.4 * often.microbatches < often.gathered / often.whole <= 2.02 * often.microbatches
-        assert often.peak < 0.7 * often.whole
+        assert 1.3 * often.microbatches < often.gathered / often.whole <= 2.02 * often.microbatches
+        assert often.peak < 0.6 * often.whole
