@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from bigtrain import config as configs
 from bigtrain.config.check import Problem, check
-from bigtrain.config.compose import compose, conf_dir
+from bigtrain.config.compose import as_hydra_takes, compose, conf_dir
 from bigtrain.config.derive import derive, describe, world_size
 from bigtrain.config.errors import UserError
 from bigtrain.config.help import help_text, keys_text
@@ -37,6 +37,8 @@ class Arguments:
     """Stop before the ranks: another launcher starts them."""
     for_hydra: bool
     """Hydra answers: --cfg, --info and its like."""
+    resolved: bool
+    """--cfg job --resolve: Hydra cannot, the sources in data.train are read-only for it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(keys_text())
             return 0
         config = compose(arguments.overrides, arguments.config_dirs)
+        if arguments.resolved:
+            print(configs.to_yaml(config).rstrip())
+            return 0
         if arguments.for_hydra:
             return _ask_hydra(argv)
         return launch(machine.resolve(config, cwd=Path.cwd()), freeze=arguments.freeze)
@@ -120,13 +125,13 @@ def parse(argv: Sequence[str]) -> Arguments:
     for flag in ("--resolve", "--hydra-help"):
         parser.add_argument(flag, action="store_true")
     found = parser.parse_intermixed_args(argv)
-    if (found.resolve or found.package) and not found.cfg:
-        raise UserError("--resolve and --package go with --cfg job.")
+    if (found.package and not found.cfg) or (found.resolve and (found.cfg != "job" or found.package)):
+        raise UserError("--resolve and --package go with --cfg job, one at a time.")
     for folder in found.config_dir:
         if not folder.is_dir():
             raise UserError(f"--config-dir {folder}: no such folder")
     for_hydra = bool(found.cfg or found.info or found.hydra_help)
-    return Arguments(found.overrides, found.config_dir, found.help, found.keys, found.freeze, for_hydra)
+    return Arguments(found.overrides, found.config_dir, found.help, found.keys, found.freeze, for_hydra, found.resolve)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -141,7 +146,7 @@ def _ask_hydra(argv: Sequence[str]) -> int:
     def nothing(_: object) -> None:
         return None
 
-    before, sys.argv[1:] = sys.argv[1:], list(argv)
+    before, sys.argv[1:] = sys.argv[1:], [as_hydra_takes(argument) for argument in argv]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(nothing)()
     finally:
