@@ -138,6 +138,7 @@ def train(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
+            required_chars=_SPACE,  # a text may have no space
             unk_id=0,
             bos_id=1,
             eos_id=2,
