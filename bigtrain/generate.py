@@ -14,6 +14,7 @@ device        auto | cpu | cuda
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from dataclasses import dataclass, fields
@@ -35,7 +36,7 @@ class Arguments:
 
 
 def parse(arguments: list[str]) -> Arguments:
-    """Raises UserError for what is no key=value, an unknown key, or a value of another type."""
+    """Raises UserError for what is no key=value, an unknown key, or a value of another type or out of range."""
     kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Arguments)}
     values: dict[str, object] = {}
     for argument in arguments:
@@ -45,12 +46,38 @@ def parse(arguments: list[str]) -> Arguments:
             hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(kinds)}"
             raise UserError(f"{argument!r} is no setting of bigtrain.generate{hint}")
         try:
+            value.encode()  # what is no UTF-8 arrives as half of a surrogate pair
             values[key] = kinds[key](value)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{key}={value!a}: it is no UTF-8") from error
         except ValueError as error:
             raise UserError(f"{key}={value}: it takes {kinds[key].__name__}") from error
     if "checkpoint" not in values:
         raise UserError("checkpoint=... is missing: a checkpoint, or a run's folder. --help tells more.")
-    return Arguments(**values)  # type: ignore[arg-type]
+    found = Arguments(**values)  # type: ignore[arg-type]
+    for key, sound, words in _rules(found):
+        if not sound:
+            raise UserError(f"{key}={values[key]!s:.80}: it takes {words}")
+    return found
+
+
+def _rules(arguments: Arguments) -> list[tuple[str, bool, str]]:
+    """(key, whether its value is sound, what it takes)."""
+    temperature = arguments.temperature
+    return [
+        ("max_tokens", arguments.max_tokens >= 1, "1 or more"),
+        ("temperature", temperature == 0 or 1e-3 <= temperature < math.inf, "0, or a number from 0.001 up"),
+        ("top_k", arguments.top_k >= 0, "0 (all tokens) or more"),
+        ("seed", 0 <= arguments.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
+        ("device", arguments.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+    ]
+
+
+def _check_gpu(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.device_count():
+        raise UserError("device=cuda: PyTorch sees no GPU here. Set device=cpu or leave it out.")
 
 
 def main(argv: list[str]) -> int:
@@ -61,6 +88,7 @@ def main(argv: list[str]) -> int:
         arguments = parse(argv)
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
+        _check_gpu(arguments.device)
         from bigtrain.engine.inference import continue_text, load
 
         loaded = load(Path(arguments.checkpoint), device=arguments.device)

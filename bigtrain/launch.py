@@ -6,7 +6,9 @@ Everything up to the start answers in a second on a login node: no torch here.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import NoReturn
 
 from bigtrain import config as configs
 from bigtrain.config.check import Problem, check
-from bigtrain.config.compose import compose, conf_dir
+from bigtrain.config.compose import as_hydra_takes, compose, conf_dir
 from bigtrain.config.derive import derive, describe, world_size
 from bigtrain.config.errors import UserError
 from bigtrain.config.help import help_text, keys_text
@@ -37,10 +39,19 @@ class Arguments:
     """Stop before the ranks: another launcher starts them."""
     for_hydra: bool
     """Hydra answers: --cfg, --info and its like."""
+    resolved: bool
+    """--cfg job --resolve: Hydra cannot, the sources in data.train are read-only for it."""
+
+    @property
+    def settings(self) -> list[str]:
+        """What a command takes over that is to be like this one."""
+        return [*(f"--config-dir={folder}" for folder in self.config_dirs), *self.overrides]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for what the user can fix, else that of the rank that failed first."""
+    """Returns the exit status: 0, 2 for what the user can fix, 130 for Ctrl-C, else that of the rank that failed
+    first."""
+    began = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = parse(argv)
@@ -51,27 +62,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(keys_text())
             return 0
         config = compose(arguments.overrides, arguments.config_dirs)
+        if arguments.resolved:
+            print(configs.to_yaml(config).rstrip())
+            return 0
         if arguments.for_hydra:
             return _ask_hydra(argv)
-        return launch(machine.resolve(config, cwd=Path.cwd()), freeze=arguments.freeze)
+        return launch(machine.resolve(config, cwd=Path.cwd()), arguments, began=began)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
-def launch(config: Config, *, freeze: bool = False) -> int:
-    """Check, freeze and run a resolved config, or only make it ready to run (`freeze`); returns the exit status."""
+def launch(config: Config, arguments: Arguments, *, began: float) -> int:
+    """Check, freeze and run a resolved config, or only make it ready to run (--freeze); returns the exit status.
+
+    `began`: when the command was given, of time.monotonic."""
     prepared = not config.data.prepare.inputs
     _refuse([*check(config, world_size(config)), *preflight(config, prepared=prepared)])
     if config.dry_run:
         print(plan(config))
         return 0
-    if config.cluster.kind == "slurm" and not freeze:
+    if config.cluster.kind == "slurm" and not arguments.freeze:
         slurm.require()
     with only_launch(Path(config.run.dir)):
+        finished = outcome.already_finished(config, arguments.settings)
+        if finished and not arguments.freeze:
+            print("\n".join(finished))
+            return 0
         configs.save(config, config.run.dir)
         status = _prepare(config)
-        return status if status or freeze else _start(config)
+        return status if status or arguments.freeze else _start(config, arguments.settings, began)
 
 
 def _prepare(config: Config) -> int:
@@ -82,22 +104,22 @@ def _prepare(config: Config) -> int:
     return status
 
 
-def _start(config: Config) -> int:
+def _start(config: Config, settings: Sequence[str], began: float) -> int:
     if config.cluster.kind == "slurm":
         print(slurm.submit(config))
         return 0
-    return local.run(local.rank_commands(config)) or _finish(config)
+    return local.run(local.rank_commands(config)) or _finish(config, settings, began)
 
 
-def _finish(config: Config) -> int:
+def _finish(config: Config, settings: Sequence[str], began: float) -> int:
     run_dir = Path(config.run.dir)
     checkpoint = outcome.newest_checkpoint(run_dir)
-    print("\n".join(["", *outcome.summary(run_dir)]), flush=True)
+    print("\n".join(["", *outcome.summary(run_dir, took_s=time.monotonic() - began)]), flush=True)
     if checkpoint is not None:
         print(f"{'checkpoint':<14} {outcome.short(checkpoint)}\n\nthe model writes:", flush=True)
         if status := local.run([outcome.generate_command(config, checkpoint)]):
             return status
-    print("\n".join(["", *outcome.next_steps(config, checkpoint)]))
+    print("\n".join(["", *outcome.next_steps(config, checkpoint, settings)]))
     return 0
 
 
@@ -120,13 +142,13 @@ def parse(argv: Sequence[str]) -> Arguments:
     for flag in ("--resolve", "--hydra-help"):
         parser.add_argument(flag, action="store_true")
     found = parser.parse_intermixed_args(argv)
-    if (found.resolve or found.package) and not found.cfg:
-        raise UserError("--resolve and --package go with --cfg job.")
+    if (found.package and not found.cfg) or (found.resolve and (found.cfg != "job" or found.package)):
+        raise UserError("--resolve and --package go with --cfg job, one at a time.")
     for folder in found.config_dir:
         if not folder.is_dir():
             raise UserError(f"--config-dir {folder}: no such folder")
     for_hydra = bool(found.cfg or found.info or found.hydra_help)
-    return Arguments(found.overrides, found.config_dir, found.help, found.keys, found.freeze, for_hydra)
+    return Arguments(found.overrides, found.config_dir, found.help, found.keys, found.freeze, for_hydra, found.resolve)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -141,7 +163,7 @@ def _ask_hydra(argv: Sequence[str]) -> int:
     def nothing(_: object) -> None:
         return None
 
-    before, sys.argv[1:] = sys.argv[1:], list(argv)
+    before, sys.argv[1:] = sys.argv[1:], [as_hydra_takes(argument) for argument in argv]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(nothing)()
     finally:

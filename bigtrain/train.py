@@ -7,6 +7,7 @@ To start a run: ``python -m bigtrain.launch --help``.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +24,8 @@ def main(arguments: list[str]) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     for vendor in ("megatron", "deepspeed", r"torch\.distributed"):  # what they say to their developers, at each call
         warnings.filterwarnings("ignore", module=vendor)
+    # Vendors turn a KeyboardInterrupt in their imports into all sorts of errors. There is nothing to save before run().
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     try:
         config = load(arguments[0])
         console = Console(enabled=is_main, log_interval=config.tracker.log_interval)

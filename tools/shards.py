@@ -25,8 +25,9 @@ EXAMPLES = """examples:
   python tools/shards.py verify data/corpus
   python -m bigtrain.launch data=shards data.prepare.out=data/corpus        # train on them
 
-Files ending in .jsonl and .jsonl.gz hold a document a line, any other file is one document. OUT gets train/ and valid/,
-each a folder of WebDataset tars with an index. A document's text alone decides on which side it is."""
+Files ending in .jsonl and .jsonl.gz hold a document a line, any other file is one document, or above 256 KiB many, cut
+at blank lines. OUT gets train/ and valid/, each a folder of WebDataset tars with an index. The hash of a document's
+text decides on which side it is."""
 
 
 def main(arguments: list[str] | None = None) -> int:

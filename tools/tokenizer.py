@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   python tools/tokenizer.py inspect corpus.model --text 'def f(x): return x'
 
 It gives back every byte of any UTF-8 text. The same inputs and options give the same file. Files ending in .jsonl and
-.jsonl.gz hold a document a line, any other file is one document."""
+.jsonl.gz hold a document a line, any other file is one document, or above 256 KiB many, cut at blank lines."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> None:
     files = readers.find_files(options.inputs, options.exclude)
     texts = training_texts(files, field=options.field, held_out=options.held_out, progress=True)
-    sample_bytes = options.sample_mb * 1_000_000 if options.sample_mb else None
+    sample_bytes = None if options.sample_mb is None else options.sample_mb * 1_000_000
     model = tokenizer.train(
         texts, vocab_size=options.vocab_size, kind=options.kind, seed=options.seed, sample_bytes=sample_bytes
     )

@@ -4,7 +4,7 @@ Nothing here imports torch. Ranks read the frozen file and nothing else: ``confi
 """
 
 from bigtrain.config.errors import UserError
-from bigtrain.config.frozen import load, save
+from bigtrain.config.frozen import load, save, to_yaml
 from bigtrain.config.schema import Config
 
-__all__ = ["Config", "UserError", "load", "save"]
+__all__ = ["Config", "UserError", "load", "save", "to_yaml"]

@@ -7,6 +7,7 @@ nearest right one.
 from __future__ import annotations
 
 import re
+import shlex
 import sysconfig
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +20,11 @@ from bigtrain.config.schema import Config
 
 APPENDED_GROUPS = ("cluster", "experiment")
 """Groups that are not in the defaults list: +cluster=slurm."""
-_FOR_DEVELOPERS = re.compile(r"full_key:|reference_type=|object_type=|\^|See |To append to|3. To sweep")
+_OVERRIDE = re.compile(r"(\+{0,2})([\w./@:-]+)=(.*)", re.DOTALL)
+_FOR_DEVELOPERS = re.compile(
+    r"full_key:|reference_type=|object_type=|\^|See |To append to|3. To sweep|value: |"
+    r"Invalid (value|type) assigned|Cannot assign \w+ to Dict"
+)
 """Lines of an error of Hydra or OmegaConf that tell a user nothing, or the wrong thing."""
 
 
@@ -74,24 +79,41 @@ def compose(overrides: Sequence[str], extra_dirs: Sequence[Path] = ()) -> Config
     if problems:
         raise UserError("\nerror: ".join(problems))
     register()
-    path = [f"hydra.searchpath=[{','.join('file://' + str(folder.resolve()) for folder in extra_dirs)}]"]
+    path = [f"hydra.searchpath=[{','.join(_quote(f'file://{folder.resolve()}') for folder in extra_dirs)}]"]
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            node = hydra.compose("config", overrides=[*overrides, *(path if extra_dirs else [])])
+            settings = [as_hydra_takes(override) for override in overrides]
+            node = hydra.compose("config", overrides=[*settings, *(path if extra_dirs else [])])
         return to_config(node)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_readable(error)) from error
 
 
+def as_hydra_takes(argument: str) -> str:
+    """An override that writes a whole number as 1e3 or 2.0, written as 1000 or 2: Hydra would refuse it where a whole
+    number is due. Any other argument of the command line as it is."""
+    match = _OVERRIDE.fullmatch(argument)
+    key = keys.by_path().get(match[2]) if match else None
+    if match is None or key is None or not key.is_whole_number or not re.search(r"[.eE]", match[3]):
+        return argument
+    try:
+        number = float(match[3])
+    except ValueError:
+        return argument
+    return f"{match[1]}{match[2]}={int(number)}" if number.is_integer() else argument
+
+
 def _unknown_names(override: str, extra_dirs: Sequence[Path]) -> list[str]:
     """What is wrong with the names in one override: its group, preset or key."""
-    match = re.fullmatch(r"(\+{0,2})([\w./@:-]+)=(.*)", override, re.DOTALL)
+    match = _OVERRIDE.fullmatch(override)
     if match is None:
         return [f"{override!r} is no setting. Settings are written key=value, such as train.num_steps=1000."]
     plus, name, value = match.groups()
     name = name.split("@")[0]
     if name.startswith(("hydra.", "hydra/")):
-        return []
+        return [
+            f"{override}: Hydra's own settings do nothing here. run.dir is the run's folder, --config-dir adds presets."
+        ]
     if name in group_names(extra_dirs):
         return _unknown_preset(plus, name, value.strip("'\""), extra_dirs)
     key = keys.find(name)
@@ -131,13 +153,41 @@ def _no_such_key(override: str, name: str, extra_dirs: Sequence[Path]) -> str:
 
 def _readable(error: Exception) -> str:
     """Hydra's or OmegaConf's error in one line: what was set, what is wrong, what the key takes."""
+    override = str(getattr(error, "override", "") or "")
+    if type(error).__name__ == "OverrideParseException" and (quoted := _in_quotes(override)):
+        return f"{override}: this value must be quoted, for the shell and for Hydra. Write {quoted}."
     cause = error.__cause__ or error
     full_key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
-    key = keys.find(str(full_key)) if full_key else None
-    parts = [str(getattr(error, "override", "")), *_told(error), *(_told(cause) if cause is not error else ())]
-    parts.append(f"{key.path} takes {key.kind}" if key is not None else "")
+    key = keys.find(re.sub(r"\[(\d+)\]", r".\1", str(full_key))) if full_key else None
+    parts = [override, *_told(error), *(_told(cause) if cause is not error else ())]
+    if key is not None:
+        parts.append(f"{key.path} takes {key.kind}" + (f". Write {key.form}" if key.form else ""))
     parts = [part for part in dict.fromkeys(parts) if part]
     return ". ".join([": ".join(parts[:2]), *parts[2:]]) + "."
+
+
+def _in_quotes(override: str) -> str:
+    """The override with what Hydra cannot read in quotes, ready for a shell; empty where that does not help."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    name, _, value = override.partition("=")
+    if value[:1] in "[{":
+        words = r"[^\s\[\]{},:\"'][^\[\]{},:\"']*"
+        value = re.sub(
+            words, lambda word: _quote(word[0]) if re.search(r"[^\w./+ -]", word[0], re.ASCII) else word[0], value
+        )
+    else:
+        value = _quote(value)
+    try:
+        OverridesParser.create().parse_override(f"{name}={value}")
+    except HydraException:
+        return ""
+    return shlex.quote(f"{name}={value}")
+
+
+def _quote(text: str) -> str:
+    return '"' + text.replace('"', '\\"') + '"'
 
 
 def _told(error: BaseException) -> list[str]:

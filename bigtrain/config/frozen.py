@@ -15,15 +15,20 @@ FILE = "config.yaml"
 
 def save(config: Config, run_dir: str | Path) -> Path:
     """Write RUN/config.yaml, aside and renamed, so that no reader sees half of it. Makes the folder."""
-    from omegaconf import OmegaConf
-
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config)))), encoding="utf-8")
+    aside.write_text(to_yaml(config), encoding="utf-8")
     os.replace(aside, path)
     return path
+
+
+def to_yaml(config: Config) -> str:
+    """The content of config.yaml: every value, interpolations resolved."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config))))
 
 
 def load(run_dir: str | Path) -> Config:

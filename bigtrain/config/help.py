@@ -30,7 +30,7 @@ examples:
 flags:
   --help             this text
   --keys             every key with its default and documentation
-  --cfg job          the composed config; starts nothing
+  --cfg job          the composed config; starts nothing. --cfg job --resolve: with every ${...} filled in
   --freeze           write the run's folder and prepare its data, start nothing: for launchers/
   --info defaults    where each value comes from (Hydra)
   --config-dir DIR   presets of your own, in DIR/model, DIR/data, ...

@@ -40,6 +40,18 @@ class Key:
             return " | ".join(self.choices)
         return _in_words(self.type)
 
+    @property
+    def is_whole_number(self) -> bool:
+        return self.type is int or int in typing.get_args(self.type)
+
+    @property
+    def form(self) -> str:
+        """How a list or a mapping is written on the command line; empty for other types."""
+        origin, arguments = typing.get_origin(self.type), typing.get_args(self.type)
+        if origin is list and dataclasses.is_dataclass(arguments[0]):
+            return f"'{self.path}=[{{{dataclasses.fields(arguments[0])[0].name}: ...}}]'"
+        return {list: f"'{self.path}=[...]'", dict: f"'{self.path}={{name: ...}}'"}.get(origin, "")
+
 
 @functools.cache
 def all_keys() -> tuple[Key, ...]:

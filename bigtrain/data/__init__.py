@@ -2,7 +2,8 @@
 
 `readers`    files, folders and globs of text and JSON lines -> documents, one function a format
 `tokenizer`  a sentencepiece model that gives back every byte of any UTF-8 text; training one
-`build`      documents -> held-out split, global shuffle, tokens, shards (WebDataset tars with an index)
+`sides`      which documents are held out, by the hash of their text
+`build`      documents -> tokens, held-out split, global shuffle, shards (WebDataset tars with an index)
 `shards`     the format on disk: opening, random access to any document through a memory map, verifying
 `order`      which tokens are in global sequence i: a pure function of (data, seed, lanes, sequence length)
 `loader`     sequences -> the microbatches of one data rank, read ahead by threads; the cursor travels with them

@@ -2,8 +2,7 @@
 
 1. Read the inputs one after the other, cut them into batches of documents, and tokenise the batches in many processes.
    The tokens go, in the order of the inputs, into a scratch file (the spool): memory holds a row of numbers a document.
-2. Documents whose text hashes below `held_out` are valid/. The hash knows nothing but the text, so copies of a document
-   are on the same side, in this and in every other build.
+2. `sides` tells from the texts which documents are valid/.
 3. Each side is shuffled as a whole by `seed`, cut into shards, and the shards are written in parallel.
 4. All of it happens in a folder beside the wanted one, which takes its name at the very end, in one step.
 
@@ -14,13 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import os
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -30,10 +27,11 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config.errors import UserError
-from bigtrain.data import readers, shards
+from bigtrain.data import readers, shards, sides
 from bigtrain.data.progress import bar
-from bigtrain.data.readers import Drop, Record
+from bigtrain.data.readers import Drop, Drops, Record
 from bigtrain.data.shards import DOCUMENT_DTYPE, INDEX, TOKENIZER, Index, Shard
+from bigtrain.data.sides import Census
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.workers import Workers
 
@@ -45,7 +43,6 @@ _SPOOLED_DTYPE = np.dtype(
         ("num_tokens", "<u4"),
         ("metadata_bytes", "<u4"),
         ("hash", "<u8"),  # of the text
-        ("held_out", "?"),
     ]
 )
 
@@ -73,7 +70,7 @@ class BuildReport:
     """What `build` made: the index of each split, and what was left out."""
 
     splits: dict[str, Index]
-    dropped: dict[str, int]
+    dropped: Drops
 
     def lines(self) -> list[str]:
         """What to tell the user."""
@@ -82,16 +79,22 @@ class BuildReport:
             f"MB of text ({index.text_bytes / index.num_tokens:.2f} bytes a token), {len(index.shards)} shards"
             for split, index in self.splits.items()
         ]
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
-        return [*sizes, f"dropped documents: {reasons or 'none'}"]
+        return [*sizes, f"dropped documents: {self.dropped}"]
 
 
 def build(
-    options: BuildOptions, *, tokenizer: Tokenizer, out: str | os.PathLike[str], num_workers: int, progress: bool = True
+    options: BuildOptions,
+    *,
+    tokenizer: Tokenizer,
+    out: str | os.PathLike[str],
+    num_workers: int,
+    num_lanes: int = 1,
+    progress: bool = True,
 ) -> BuildReport:
     """Build OUT/train and OUT/valid (no valid/ where held_out is 0). `num_workers` 0 tokenises in this process.
 
-    Raises UserError where OUT has something in it already, an input names nothing, or a split gets no document.
+    Raises UserError where OUT has something in it already, an input names nothing, train/ gets fewer documents than
+    `num_lanes`, or valid/ none.
     """
     target = Path(out)
     _check(options, target)
@@ -102,7 +105,8 @@ def build(
         (aside / TOKENIZER).write_bytes(tokenizer.model)
         with Workers(num_workers) as workers:
             spool = _tokenize_all(files, options, tokenizer, aside, workers, progress)
-            report = _write_splits(spool, options, tokenizer, aside, workers, progress)
+            splits = _split(spool, options, num_lanes)
+            report = _write_splits(splits, spool, options, tokenizer, aside, workers, progress)
         for scratch in (spool.path, aside / TOKENIZER):
             scratch.unlink()
         os.replace(aside, target)
@@ -115,22 +119,14 @@ def build(
     return report
 
 
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is on the held-out side: a function of its text alone."""
-    return _hash(text.encode()) < share * 2**64
-
-
 def _check(options: BuildOptions, target: Path) -> None:
-    if not 0 <= options.held_out < 1:
-        raise UserError(f"held_out is {options.held_out}: a share of the documents, from 0 to below 1")
+    sides.check_share(options.held_out)
+    if options.seed < 0:
+        raise UserError(f"seed is {options.seed}: at least 0")
     if options.shard_tokens < 1:
         raise UserError(f"shard_tokens is {options.shard_tokens}: at least 1")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is already there. Remove it, or choose another folder.")
-
-
-def _hash(encoded: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
 
 
 # Documents -> tokens in the spool ----------------------------------------------------------------------------------
@@ -142,7 +138,6 @@ class _Batch:
 
     records: list[Record]
     field: str
-    held_out: float
     tokenizer: str
     """Path of the model file."""
     fingerprint: str
@@ -158,7 +153,7 @@ class _Tokenized:
 
     content: bytes
     documents: np.ndarray
-    dropped: Counter[str]
+    dropped: Drops
     num_bytes: int
 
 
@@ -167,7 +162,7 @@ class _Spool:
     path: Path
     documents: np.ndarray
     """_SPOOLED_DTYPE, in the order of the inputs."""
-    dropped: dict[str, int]
+    dropped: Drops
 
 
 def _batches(records: Iterable[Record], make: Callable[[list[Record]], _Batch]) -> Iterator[_Batch]:
@@ -194,19 +189,18 @@ def _tokenize(batch: _Batch) -> _Tokenized:
     tokenizer = _tokenizer(batch.tokenizer, batch.fingerprint)
     dtype = token_dtype(tokenizer.vocab_size)
     content = io.BytesIO()
-    rows: list[tuple[int, int, int, int, bool]] = []
-    dropped: Counter[str] = Counter()
+    rows: list[tuple[int, int, int, int]] = []
+    dropped = Drops()
     for record in batch.records:
         try:
             text = readers.text_of(record, batch.field)
         except Drop as reason:
-            dropped[str(reason)] += 1
+            dropped.add(str(reason), record.source)
             continue
         encoded = text.encode()
         tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype)
         metadata = json.dumps({"source": record.source, "text_bytes": len(encoded)}).encode()
-        held_out = is_held_out(text, batch.held_out)
-        rows.append((content.tell(), len(tokens), len(metadata), _hash(encoded), held_out))
+        rows.append((content.tell(), len(tokens), len(metadata), sides.hash_of(encoded)))
         content.write(tokens.tobytes())
         content.write(metadata)
     return _Tokenized(content.getvalue(), np.array(rows, _SPOOLED_DTYPE), dropped, batch.num_bytes)
@@ -221,20 +215,20 @@ def _tokenize_all(
     files: Sequence[str], options: BuildOptions, tokenizer: Tokenizer, aside: Path, workers: Workers, progress: bool
 ) -> _Spool:
     def batch(records: list[Record]) -> _Batch:
-        return _Batch(records, options.field, options.held_out, str(aside / TOKENIZER), tokenizer.fingerprint)
+        return _Batch(records, options.field, str(aside / TOKENIZER), tokenizer.fingerprint)
 
     parts: list[np.ndarray] = []
-    dropped: Counter[str] = Counter()
+    dropped = Drops()
     path, total = aside / "spool", readers.total_bytes(files)
     with path.open("wb") as spool, bar("tokenising", total, in_bytes=True, shown=progress) as advance:
         for part in workers.map(_tokenize, _batches(readers.read_records(files), batch)):
             part.documents["tokens_at"] += np.uint64(spool.tell())
             spool.write(part.content)
             parts.append(part.documents)
-            dropped += part.dropped
+            dropped.update(part.dropped)
             advance(part.num_bytes)
     documents = np.concatenate(parts) if parts else np.zeros(0, _SPOOLED_DTYPE)
-    return _Spool(path, documents, dict(sorted(dropped.items())))
+    return _Spool(path, documents, dropped)
 
 
 # The spool -> shards -----------------------------------------------------------------------------------------------
@@ -252,30 +246,37 @@ class _ShardPlan:
     dtype: str
 
 
+def _split(spool: _Spool, options: BuildOptions, num_lanes: int) -> dict[str, np.ndarray]:
+    """The documents of each split. Raises UserError where they are too few."""
+    held_out = sides.held_out(spool.documents["hash"], options.held_out)
+    splits = {"train": spool.documents[~held_out], "valid": spool.documents[held_out]}
+    census = Census(len(splits["train"]), len(splits["valid"]), spool.dropped)
+    census.check(options.held_out, num_lanes=num_lanes)
+    return splits if options.held_out else {"train": splits["train"]}
+
+
 def _write_splits(
-    spool: _Spool, options: BuildOptions, tokenizer: Tokenizer, out: Path, workers: Workers, progress: bool
+    splits: dict[str, np.ndarray],
+    spool: _Spool,
+    options: BuildOptions,
+    tokenizer: Tokenizer,
+    out: Path,
+    workers: Workers,
+    progress: bool,
 ) -> BuildReport:
-    held_out = spool.documents["held_out"]
-    sides = {"train": spool.documents[~held_out]}
-    if options.held_out:
-        sides["valid"] = spool.documents[held_out]
     plans: list[_ShardPlan] = []
-    for split, documents in sides.items():
-        if not len(documents):
-            raise UserError(
-                f"no document is left for {split}/: {len(spool.documents)} documents, held_out {options.held_out}, "
-                f"dropped {spool.dropped or 'none'}. Give it more text, or another held_out."
-            )
+    for split, documents in splits.items():
         (out / split).mkdir()
         plans += _plan_shards(spool.path, out / split, _shuffled(documents, options.seed), options, tokenizer)
 
-    written: dict[str, list[Shard]] = {split: [] for split in sides}
+    written: dict[str, list[Shard]] = {split: [] for split in splits}
     with bar("writing shards", len(spool.documents), shown=progress) as advance:
         for plan, shard in zip(plans, workers.map(_write_shard, plans), strict=True):
             written[plan.folder.name].append(shard)
             advance(shard.num_documents)
-    splits = {split: _finish(out / split, written[split], options, tokenizer, spool.dropped) for split in sides}
-    return BuildReport(splits, spool.dropped)
+    dropped = dict(sorted(spool.dropped.counts.items()))
+    indexes = {split: _finish(out / split, written[split], options, tokenizer, dropped) for split in splits}
+    return BuildReport(indexes, spool.dropped)
 
 
 def _shuffled(documents: np.ndarray, seed: int) -> np.ndarray:

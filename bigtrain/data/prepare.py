@@ -9,15 +9,16 @@ The tokenizer and the shards may serve many runs, so nothing of one run (its see
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import bigtrain.config
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, DataConfig, PrepareConfig, TokenizerConfig
-from bigtrain.data import build, order, readers, tokenizer
+from bigtrain.data import build, order, readers, sides, tokenizer
 from bigtrain.data.progress import bar
 from bigtrain.data.shards import INDEX, Dataset
+from bigtrain.data.sides import Census
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.workers import default_workers
 
@@ -36,13 +37,16 @@ def prepare(
     """Train the tokenizer to tokenizer.path and build data.prepare.out, each where it is not there yet.
 
     One line through `say` for each of the two. Nothing where data.prepare.inputs is empty. `seed` is that of the
-    sampling and the shuffle. Raises UserError where what is there was made in another way than the config asks for.
+    sampling and the shuffle. Raises UserError where what is there was made in another way than the config asks for, and
+    where the text has too few documents for data.num_lanes: as soon as it has been read once.
     """
     wanted = data.prepare
     if not wanted.inputs:
         return
-    made = _tokenizer(wanted, tokenizer_config, seed, progress, say)
     out = Path(wanted.out)
+    is_trained_on = any(Path(source.path) == out / "train" for source in data.train)
+    num_lanes = data.num_lanes if is_trained_on else 1
+    made = _tokenizer(wanted, tokenizer_config, seed, num_lanes, progress, say)
     if (out / "train" / INDEX).exists():
         _check_shards(out, wanted, made, say)
         return
@@ -55,7 +59,9 @@ def prepare(
     )
     workers = default_workers() if num_workers is None else num_workers
     try:
-        report = build.build(options, tokenizer=made, out=out, num_workers=workers, progress=progress)
+        report = build.build(
+            options, tokenizer=made, out=out, num_workers=workers, num_lanes=num_lanes, progress=progress
+        )
     except UserError:
         if not (out / "train" / INDEX).exists():
             raise
@@ -85,7 +91,9 @@ def check(config: Config) -> list[str]:
     return lines
 
 
-def _tokenizer(wanted: PrepareConfig, config: TokenizerConfig, seed: int, progress: bool, say: Say) -> Tokenizer:
+def _tokenizer(
+    wanted: PrepareConfig, config: TokenizerConfig, seed: int, num_lanes: int, progress: bool, say: Say
+) -> Tokenizer:
     path = Path(config.path)
     if path.exists():
         made = Tokenizer.load(path)
@@ -97,24 +105,45 @@ def _tokenizer(wanted: PrepareConfig, config: TokenizerConfig, seed: int, progre
         say(f"tokenizer {path} is there: {made.vocab_size} pieces")
         return made
     files = readers.find_files(wanted.inputs, wanted.exclude)
-    texts = training_texts(files, field=wanted.json_field, held_out=wanted.held_out, progress=progress)
+    texts = training_texts(
+        files,
+        field=wanted.json_field,
+        held_out=wanted.held_out,
+        num_lanes=num_lanes,
+        needs_valid=True,
+        progress=progress,
+    )
     model = tokenizer.train(texts, vocab_size=config.vocab_size, kind=config.kind, seed=seed)
     tokenizer.save(model, path)
     say(f"trained tokenizer {path}: {config.kind}, {config.vocab_size} pieces, from {len(files)} files")
     return Tokenizer(model, str(path))
 
 
-def training_texts(files: list[str], *, field: str, held_out: float, progress: bool) -> Iterator[str]:
-    """The text of every document that is not held out: what a tokenizer may see."""
+def training_texts(
+    files: list[str],
+    *,
+    field: str,
+    held_out: float,
+    num_lanes: int = 1,
+    needs_valid: bool = False,
+    progress: bool,
+) -> Iterator[str]:
+    """The text of every document that is not held out: what a tokenizer may see. Behind the last one it raises
+    UserError where they are too few for the lanes, or (`needs_valid`) none is held out."""
+    sides.check_share(held_out)
+    census = Census()
     with bar("reading for the tokenizer", readers.total_bytes(files), in_bytes=True, shown=progress) as advance:
-        for record in readers.read_records(files):
-            advance(record.num_bytes)
-            try:
-                text = readers.text_of(record, field)
-            except readers.Drop:  # counted when the shards are built
-                continue
-            if not build.is_held_out(text, held_out):
-                yield text
+        yield from sides.training_side(_texts(files, field, census.dropped, advance), held_out, census)
+    census.check(held_out, num_lanes=num_lanes, needs_valid=needs_valid)
+
+
+def _texts(files: list[str], field: str, dropped: readers.Drops, advance: Callable[[int], None]) -> Iterable[str]:
+    for record in readers.read_records(files):
+        advance(record.num_bytes)
+        try:
+            yield readers.text_of(record, field)
+        except readers.Drop as reason:
+            dropped.add(str(reason), record.source)
 
 
 def _check_shards(out: Path, wanted: PrepareConfig, made: Tokenizer, say: Say) -> None:

@@ -3,24 +3,62 @@
 A format is two functions. `records` runs in the one process that reads and only cuts the file into raw pieces; `text`
 runs in the many processes that tokenise and turns a raw piece into the document's text, or says why it is dropped. A
 new format is one more row in `FORMATS`.
+
+Plain text is one document a file, up to 256 KiB. A larger file, such as a whole corpus in one, is cut into documents of
+1/128 of the file, at most 64 KiB: after the last blank line of the second half of each, else after its last line end,
+space or character. Joined they are the file again. A file that is not UTF-8 somewhere is dropped as a whole.
 """
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import glob
 import gzip
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bigtrain.config.errors import UserError
 
+_LARGE_BYTES = 256 << 10
+_MAX_PIECE_BYTES = 64 << 10
+_PIECES = 128
+_BOUNDARIES = (b"\n\n", b"\n\r\n", b"\n", b" ")
+"""Where a large file of text is cut, the best first."""
+DOCUMENTS = "each line of .jsonl is a document, each file of text is one, and 128 or more above 256 KiB"
+
 
 class Drop(Exception):
     """This document is left out; the message is the reason under which it is counted."""
+
+
+@dataclass
+class Drops:
+    """What was left out: how often for each reason, and the first example."""
+
+    counts: Counter[str] = field(default_factory=Counter[str])
+    examples: dict[str, str] = field(default_factory=dict[str, str])
+
+    def add(self, reason: str, source: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, source)
+
+    def update(self, later: Drops) -> None:
+        """Add those of later documents."""
+        self.counts.update(later.counts)
+        self.examples = later.examples | self.examples
+
+    def __str__(self) -> str:
+        """``2 empty (such as a.txt), 1 not UTF-8 (such as b.txt)``, and what helps."""
+        if not self.counts:
+            return "none"
+        reasons = [f"{self.counts[name]:,} {name} (such as {self.examples[name]})" for name in sorted(self.counts)]
+        hint = "; data.prepare.json_field (--field) names the key that holds the text"
+        return ", ".join(reasons) + hint * any(name.startswith("no field") for name in self.counts)
 
 
 @dataclass(frozen=True)
@@ -28,7 +66,7 @@ class Record:
     """One document as it lies in its file."""
 
     source: str
-    """The file, as it was named, and for formats with many documents a file ``:`` and the line."""
+    """The file, as it was named, and where it has many documents ``:`` and the line that this one begins on."""
     raw: bytes
     format: str
     """Key of `FORMATS`."""
@@ -44,9 +82,51 @@ class Format:
     """(raw, field) -> the text. Raises Drop."""
 
 
-def _whole_file(path: str) -> Iterator[tuple[str, bytes, int]]:
-    raw = Path(path).read_bytes()
-    yield path, raw, len(raw)
+def _text_file(path: str) -> Iterator[tuple[str, bytes, int]]:
+    size = os.path.getsize(path)
+    if size <= _LARGE_BYTES:
+        yield path, Path(path).read_bytes(), size
+    elif (bad := _first_undecodable(path)) is not None:
+        yield path, bad, size
+    else:
+        line = 1
+        for raw in _pieces(path, min(_MAX_PIECE_BYTES, size // _PIECES)):
+            yield f"{path}:{line}", raw, len(raw)
+            line += raw.count(b"\n")
+
+
+def _first_undecodable(path: str) -> bytes | None:
+    """Bytes of the file that are not UTF-8; None where all are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as file:
+        try:
+            while block := file.read(1 << 20):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            return error.object
+    return None
+
+
+def _pieces(path: str, limit: int) -> Iterator[bytes]:
+    """The file in pieces of at most `limit` bytes."""
+    rest = b""
+    with open(path, "rb") as file:
+        while block := rest + file.read(limit - len(rest)):
+            end = len(block) if len(block) < limit else _end_of_piece(block)
+            yield block[:end]
+            rest = block[end:]
+
+
+def _end_of_piece(block: bytes) -> int:
+    for boundary in _BOUNDARIES:
+        place = block.rfind(boundary, len(block) // 2)
+        if place >= 0:
+            return place + len(boundary)
+    end = len(block) - 1
+    while block[end] & 0xC0 == 0x80:  # inside a character
+        end -= 1
+    return end
 
 
 def _lines(path: str) -> Iterator[tuple[str, bytes, int]]:
@@ -92,12 +172,12 @@ def _decoded(raw: bytes) -> str:
 FORMATS: dict[str, Format] = {
     ".jsonl": Format(_lines, _json_field),
     ".jsonl.gz": Format(_gzip_lines, _json_field),
-    "text": Format(_whole_file, _plain_text),
+    "text": Format(_text_file, _plain_text),
 }
 
 
 def format_of(path: str) -> str:
-    """The row of `FORMATS` that reads this file: by the end of its name, else one document of plain text."""
+    """The row of `FORMATS` that reads this file: by the end of its name, else plain text."""
     return next((ending for ending in FORMATS if path.endswith(ending)), "text")
 
 

@@ -122,9 +122,11 @@ def train(
     uniform sample of its pieces, drawn by `seed`, is kept. Raises UserError where the text is too little for
     `vocab_size`, or `vocab_size` too small for the text.
     """
+    if sample_bytes is not None and sample_bytes < 1:
+        raise UserError(f"the sample is {sample_bytes} bytes: at least 1")
     chunks = _sample((chunk for text in texts for chunk in _chunks(text)), sample_bytes or SAMPLE_BYTES[kind], seed)
     if not chunks:
-        raise UserError("the tokenizer has no text to train on: every document was dropped")
+        raise UserError("the tokenizer has no text to train on")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -138,6 +140,7 @@ def train(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
+            required_chars=_SPACE,  # a text may have no space
             unk_id=0,
             bos_id=1,
             eos_id=2,

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TypeVar
 
+from bigtrain.config.errors import UserError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -22,6 +24,9 @@ class Workers:
     """A pool of processes; with 0 of them, this process does the work."""
 
     def __init__(self, number: int) -> None:
+        """Raises UserError for a number below 0."""
+        if number < 0:
+            raise UserError(f"workers is {number}: a number of processes, 0 for none but this one")
         self._number = number
         # Spawned: a forked child of a process with threads can hang.
         self._pool = ProcessPoolExecutor(number, mp_context=get_context("spawn")) if number else None

@@ -162,12 +162,13 @@ def _watch(children: Sequence[_Child], received: list[int]) -> list[_Child]:
         if failed and not first_failure:
             first_failure = time.monotonic()
         settled = not _only_logged(failed) or time.monotonic() - first_failure > SETTLE_S
-        if (failed and settled) or len(received) > 1 or None not in codes:
-            return sorted(failed, key=lambda child: (child.status != 2, child.process.returncode >= 0))
-        if received and not passed_on:
+        is_urgent = len(received) > 1
+        if received and (is_urgent or not passed_on):
             passed_on = received[0]
             for child in children:
                 child.signal_group(passed_on)
+        if (failed and settled) or is_urgent or None not in codes:
+            return sorted(failed, key=lambda child: (child.status != 2, child.process.returncode >= 0))
         time.sleep(POLL_S)
 
 

@@ -14,6 +14,7 @@ from bigtrain.config.check import Problem, get
 from bigtrain.config.frozen import FILE
 from bigtrain.config.schema import Config
 from bigtrain.launching import machine
+from bigtrain.launching.wandb_key import has_wandb_key
 
 UNCHANGING = [
     "run.dir",
@@ -35,6 +36,7 @@ def preflight(config: Config, *, prepared: bool) -> list[Problem]:
     return [
         *_run_folder(config),
         *_resume(config),
+        *_login(config),
         *(_device(config) if config.cluster.kind == "local" else ()),
         *(_prepared_data(config) if prepared else _inputs(config)),
     ]
@@ -93,6 +95,18 @@ def _resume(config: Config) -> Iterator[Problem]:
     if resume not in ("auto", "never") and "://" not in resume and not Path(resume).is_dir():
         message = "there is no such checkpoint"
         yield Problem("checkpoint.resume", resume, message, "Write auto, never or the folder of a checkpoint")
+
+
+def _login(config: Config) -> Iterator[Problem]:
+    """W&B asks for a key only once the ranks run, and a run without one leaves nothing to upload later."""
+    tracker = config.tracker
+    if tracker.kind == "wandb" and tracker.mode == "online" and not has_wandb_key():
+        yield Problem(
+            "tracker.mode",
+            tracker.mode,
+            "there is no W&B key for it, neither in WANDB_API_KEY nor in ~/.netrc",
+            "Run wandb login, or set tracker.mode=offline and upload later with wandb sync",
+        )
 
 
 def _device(config: Config) -> Iterator[Problem]:

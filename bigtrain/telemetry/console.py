@@ -6,6 +6,7 @@ steps, so that a month of training stays readable.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ class Console:
         self._first: tuple[int, float] | None = None
         """The first step seen and when it ended: what the time to go is reckoned from."""
         self._live: tuple[Progress, TaskID] | None = None
+        self._at_line_start = True
 
     @property
     def is_terminal(self) -> bool:
@@ -60,6 +62,14 @@ class Console:
             raise
         took = f"{self._clock() - begin:.1f} s"
         self.note(took if self._live is None else f"{text} ... {took}")
+
+    def note_at_once(self, text: str) -> None:
+        """As `note`, but safe in a signal handler: it takes no lock and touches no buffer."""
+        if not self._enabled:
+            return
+        line = text if self._at_line_start and self._live is None else "\n" + text
+        with contextlib.suppress(OSError):  # whoever read us may be gone
+            os.write(self._stream.fileno(), line.encode() + b"\n")
 
     def note(self, text: str) -> None:
         """A line that stays, above the live one."""
@@ -131,6 +141,7 @@ class Console:
 
     def _print(self, text: str, *, end: str = "\n") -> None:
         if self._enabled:
+            self._at_line_start = end == "\n"
             print(text, end=end, file=self._stream, flush=True)
 
 

@@ -79,17 +79,24 @@ def fit(
             tokens_per_second=tokens_per_second,
             mfu=throughput.mfu(tokens_per_second),
         )
-        stopping = position.step >= last or stop.agreed()
         if not math.isfinite(grad_norm):
             recorder.event("skipped", step=position.step, reason="the gradient norm is not finite")
-        if evaluator is not None and (stopping or due(position.step, config.eval.interval)):
+        told, ending = stop.agreed(), position.step >= last
+        if told:  # nothing comes before the save: who stops us may not wait
+            save(position, engine, saver, recorder)
+        if evaluator is not None and (ending or due(position.step, config.eval.interval)):
             recorder.evaluation(position.step, **evaluator.evaluate(engine).as_record())
-        if stopping or due(position.step, config.checkpoint.interval):
-            seconds_saved = saver.save(engine, position.step, position.cursor)
-            recorder.event("checkpoint", step=position.step, seconds=round(seconds_saved, 3))
-        if stopping:
+        if not told and (ending or due(position.step, config.checkpoint.interval)):
+            save(position, engine, saver, recorder)
+        if told or ending:
             break
     return position
+
+
+def save(position: Position, engine: Engine, saver: Saver, recorder: Recorder) -> None:
+    """Save the run where it is, and record how long that took. Collective."""
+    seconds = saver.save(engine, position.step, position.cursor)
+    recorder.event("checkpoint", step=position.step, seconds=round(seconds, 3))
 
 
 def last_step(config: Config) -> int:

@@ -22,7 +22,7 @@ from bigtrain.trainer.loop import Position, Throughput, fit, last_step
 from bigtrain.trainer.run_data import RunData
 from bigtrain.trainer.saver import Saver, checkpoint_to_resume
 from bigtrain.trainer.stopping import StopSignal
-from bigtrain.trainer.summary import write_summary
+from bigtrain.trainer.summary import tells_of, write_summary
 
 
 def run(config: Config, run_dir: Path, console: Console) -> None:
@@ -34,7 +34,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         runtime = start(config)
     _check_world(config, runtime.topology.world)
     resume = checkpoint_to_resume(config, run_dir)
-    stop_signal = StopSignal(runtime)
+    stop_signal = StopSignal(runtime, say=console.note_at_once)
     stop_signal.install()
     with console.phase("opening the data"):
         data = RunData.open(config, runtime.topology)
@@ -47,6 +47,9 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             position = Position(*saver.load(engine, resume))
             data.order.check(position.cursor)
     console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")
+    if position.step >= last_step(config) and tells_of(run_dir, position.step):
+        console.note(f"already finished: {position.step:,} steps")
+        return stop()
     throughput = _throughput(config, runtime, console)
 
     with Recorder(
@@ -68,8 +71,11 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             throughput=throughput,
             stop=stop_signal,
         )
-        if stop_signal.received:
-            recorder.event("stop", step=position.step, signal=stop_signal.received)
+        if name := stop_signal.received:
+            recorder.event("stop", step=position.step, signal=name)
+            where = f"step {position.step} is saved in {saver.folder(position.step)}"
+            goes_on = "; the same command goes on from there" if position.step < last_step(config) else ""
+            console.note(f"stopped by {name}: {where}{goes_on}")
     if runtime.is_main:
         write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=time.perf_counter() - begin)
         with console.phase("writing report.html"):

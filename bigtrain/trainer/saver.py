@@ -29,6 +29,10 @@ class Saver:
         self._config, self._files = config, {folders.TOKENIZER: tokenizer}
         self.root = run_dir / "checkpoints"
 
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, once it is saved."""
+        return folders.path_of(self.root, step)
+
     def save(self, engine: Engine, step: int, cursor: Cursor) -> float:
         """Write the checkpoint of `step`, durable on return; returns the seconds that it took. Collective."""
         begin = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -10,13 +11,20 @@ import torch.distributed as dist
 
 from bigtrain.distributed.start import Runtime
 
+STOPPING = "stopping: this step ends, then the run is saved; again to stop at once"
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
 
 class StopSignal:
     """SIGTERM and SIGINT set a flag; `agreed` is true on every rank as soon as one has it. A second signal kills, as
     without us: the last checkpoint is there."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, say: Callable[[str], None] = _say_nothing) -> None:
+        """`say` gets STOPPING once, at once: inside the signal handler where this rank got the signal."""
+        self._runtime, self._say = runtime, say
         self._number = 0
 
     @property
@@ -33,9 +41,14 @@ class StopSignal:
         flag = torch.tensor([self._number], dtype=torch.int32)
         number = int(self._runtime.all_reduce(flag, op=dist.ReduceOp.MAX).item())
         if number:  # else leave it: a signal that came during the all-reduce counts at the next step
-            self._number = number
+            self._note(number)
         return number != 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._number = number
         signal.signal(number, signal.SIG_DFL)
+        self._note(number)
+
+    def _note(self, number: int) -> None:
+        is_first, self._number = self._number == 0, number
+        if is_first:
+            self._say(STOPPING)

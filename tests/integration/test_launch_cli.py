@@ -65,6 +65,9 @@ def test_cfg_shows_the_config(tmp_path: Path) -> None:
     done = launch(tmp_path, "model=gpt_1b", "--cfg", "job")
     assert done.returncode == 0
     assert "name: gpt_1b" in done.stdout and "num_lanes: 64" in done.stdout
+    resolved = launch(tmp_path, "--cfg", "job", "--resolve", "train.num_steps=1e3")
+    assert resolved.returncode == 0, resolved.stderr
+    assert "dir: runs/default" in resolved.stdout and "num_steps: 1000" in resolved.stdout
     assert "model.hidden_size" in refused(tmp_path, "--cfg", "job", "model.hiden_size=1")
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.config import frozen
 from bigtrain.config.errors import UserError
+from bigtrain.config.schema import Config
 from bigtrain.launching.local import Command, run
 from bigtrain.launching.lock import only_launch
 
@@ -92,13 +94,14 @@ def test_one_that_ignores_sigterm_is_killed_with_what_it_started(tmp_path: Path)
     assert time.monotonic() - start < 30  # they would have slept for 60 s
 
 
-def launcher(tmp_path: Path, code: str) -> tuple[subprocess.Popen[bytes], list[int]]:
+def launcher(tmp_path: Path, code: str, grace_s: float = 1.0) -> tuple[subprocess.Popen[bytes], list[int]]:
     """A process that runs two children of `code`, and their ids."""
     files = [tmp_path / "0", tmp_path / "1"]
     program = (
         "import sys; from bigtrain.launching.local import Command, run; "
         "code, *files = sys.argv[1:]; "
-        "sys.exit(run([Command(f, [sys.executable, '-c', code, f]) for f in files], grace_s=1.0))"
+        "sys.exit(run([Command(f, [sys.executable, '-c', code, f]) for f in files], "
+        f"grace_s={grace_s}))"
     )
     process = subprocess.Popen([sys.executable, "-c", program, code, *map(str, files)], stderr=subprocess.DEVNULL)
     return process, [pid_in(file) for file in files]
@@ -128,6 +131,29 @@ def test_a_second_signal_ends_those_that_did_not_listen(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 128 + signal.SIGINT
     assert all(is_gone(pid) for pid in pids)
+
+
+def test_a_second_signal_is_passed_on_and_ends_at_once_those_that_took_the_first_as_a_wish(tmp_path: Path) -> None:
+    once = "import signal; signal.signal(signal.SIGINT, lambda number, _: signal.signal(number, signal.SIG_DFL)); "
+    process, pids = launcher(tmp_path, once + STUBBORN.replace("sleep(60)", "sleep(60); time.sleep(60)"), grace_s=30.0)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 128 + signal.SIGINT and time.monotonic() - begin < 10
+    assert all(is_gone(pid) for pid in pids)
+
+
+def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path: Path) -> None:
+    frozen.save(Config(), tmp_path)
+    rank = subprocess.Popen(
+        [sys.executable, "-m", "bigtrain.train", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert rank.stdout is not None and rank.stdout.read(9) == b"importing"
+    rank.send_signal(signal.SIGINT)
+    _, errors = rank.communicate(timeout=60)
+    assert (rank.returncode, errors) == (130, b"")
 
 
 def test_no_orphan_when_the_launcher_is_killed(tmp_path: Path) -> None:

@@ -312,6 +312,7 @@ def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Interru
 def test_one_rank_that_is_told_to_stop_stops_all_at_a_boundary(interrupted: Interrupted) -> None:
     attempt = interrupted.attempts["one rank told"]
     assert attempt.status == 0, attempt.output + "".join(attempt.ranks)
+    assert "stopping: this step ends, then the run is saved" in attempt.output
     step = interrupted.steps["one rank told"]
     assert 4 <= step < STEPS and interrupted.commits["one rank told"] == [step]
     stops = [r for r in records(interrupted.run_dir, "event") if r["name"] == "stop"]
@@ -324,6 +325,9 @@ def test_a_launcher_that_is_told_to_stop_lets_its_ranks_save(interrupted: Interr
     assert attempt.status == 128 + signal.SIGTERM and "error" not in attempt.output
     step = interrupted.steps["launcher told"]
     assert step < STEPS and interrupted.commits["launcher told"][-1] == step
+    folder = interrupted.run_dir / "checkpoints" / f"step-{step:08d}"
+    said = ("stopping: ", f"stopped by SIGTERM: step {step} is saved in {folder}; the same command goes on from there")
+    assert [attempt.output.count(line) for line in said] == [1, 1]
 
 
 def test_killed_ranks_leave_steps_that_no_checkpoint_has(interrupted: Interrupted) -> None:
@@ -337,7 +341,7 @@ def test_the_interrupted_run_is_the_run(interrupted: Interrupted, whole: Path) -
     attempt = interrupted.attempts["ended"]
     assert attempt.status == 0, attempt.output + "".join(attempt.ranks)
     assert trajectory(interrupted.run_dir) == trajectory(whole), "bit for bit, each step once"
-    assert records(interrupted.run_dir, "eval")[-1] == records(whole, "eval")[-1]
+    assert records(interrupted.run_dir, "eval") == records(whole, "eval")
     resumes = [record for record in records(interrupted.run_dir, "event") if record["name"] == "resume"]
     assert [record["step"] for record in resumes] == [
         interrupted.steps["one rank told"],
@@ -346,6 +350,14 @@ def test_the_interrupted_run_is_the_run(interrupted: Interrupted, whole: Path) -
     ][-len(resumes) :]
     lost = interrupted.steps["killed"] - interrupted.steps["launcher told"]
     assert resumes[-1]["lines_removed"] >= lost
+
+
+def test_a_finished_run_is_left_as_it_is(interrupted: Interrupted) -> None:
+    before = {path: path.stat().st_mtime_ns for path in interrupted.run_dir.glob("*.*")}
+    attempt = run(frozen.load(interrupted.run_dir))
+    assert attempt.status == 0 and f"already finished: {STEPS} steps" in attempt.output, attempt.output
+    changed = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
+    assert changed == {"config.yaml"}, "which is frozen at every launch"
 
 
 # bad input

@@ -33,6 +33,15 @@ def test_keys_and_their_types() -> None:
         (["checkpoint=x", "max_tokens=many"], "max_tokens=many: it takes int"),
         (["checkpoint=x", "top_k=1.5"], "top_k=1.5: it takes int"),
         (["checkpoint=x", "temperature=hot"], "temperature=hot: it takes float"),
+        (["checkpoint=x", "temperature=nan"], "temperature=nan: it takes 0, or a number"),
+        (["checkpoint=x", "temperature=-1"], "temperature=-1.0: it takes 0, or a number"),
+        (["checkpoint=x", "temperature=1e-40"], "temperature=1e-40: it takes 0, or a number"),
+        (["checkpoint=x", "max_tokens=-1"], "max_tokens=-1: it takes 1 or more"),
+        (["checkpoint=x", "top_k=-3"], "top_k=-3: it takes 0 "),
+        (["checkpoint=x", "seed=99999999999999999999"], "seed=99999999999999999999: it takes a whole number from 0"),
+        (["checkpoint=x", "seed=-1"], "seed=-1: it takes a whole number from 0"),
+        (["checkpoint=x", "prompt=caf\udce9"], "prompt='caf.udce9': it is no UTF-8"),
+        (["checkpoint=x", "device=gpu"], "device=gpu: it takes auto, cpu or cuda"),
         ([], "checkpoint=... is missing"),
     ],
 )
@@ -42,6 +51,12 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert main(arguments) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint=x", "device=cuda"]) == 2
+    assert capsys.readouterr().err == "error: device=cuda: PyTorch sees no GPU here. Set device=cpu or leave it out.\n"
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,14 @@ def test_every_cluster_and_experiment_is_sound(override: str) -> None:
         ("num_steps", "key=value"),
         ("train.num_steps=[1", "train.num_steps=[1"),
         ("run.name=${nothing}", "nothing"),
+        ("run.name=日本", """Write 'run.name="日本"'."""),
+        ("data.prepare.inputs=[a, é b]", """Write 'data.prepare.inputs=[a, "é b"]'."""),
+        ("data.valid=[{path: é}]", """Write 'data.valid=[{path: "é"}]'."""),
+        ("data.prepare.inputs=my corpus", "takes a list, each text. Write 'data.prepare.inputs=[...]'."),
+        ("data.train=[FOLDER]", "Write 'data.train=[{path: ...}]'."),
+        ("cluster.sbatch=x", "Write 'cluster.sbatch={name: ...}'."),
+        ("train.num_steps=1.5", "train.num_steps takes a whole number"),
+        ("hydra.run.dir=/tmp", "do nothing here"),
     ],
 )
 def test_wrong_name_or_type_is_one_clear_line(override: str, says: str) -> None:
@@ -78,13 +86,23 @@ def test_wrong_name_or_type_is_one_clear_line(override: str, says: str) -> None:
     assert override.split("=")[0].lstrip("+") in str(caught.value)
 
 
+def test_what_the_error_says_about_quoting_works() -> None:
+    assert compose(['run.name="日本"', 'data.prepare.inputs=[a, "é b"]']).data.prepare.inputs == ["a", "é b"]
+
+
+def test_whole_numbers_may_be_written_as_1e3() -> None:
+    train = compose(["train.num_steps=1e3", "+train.num_tokens=2.5e6", "optim.lr=1e-3"]).train
+    assert (train.num_steps, train.num_tokens) == (1000, 2_500_000)
+
+
 def test_all_wrong_names_at_once() -> None:
     with pytest.raises(UserError, match=r"(?s)model\.hidden_size.*\nerror: .*gpt_1b"):
         compose(["model.hiden_size=3", "model=gpt_2b"])
 
 
 def test_presets_of_the_user(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
+    tmp_path = tmp_path / "my présets"
+    (tmp_path / "model").mkdir(parents=True)
     (tmp_path / "model" / "mine.yaml").write_text("# Mine\nname: mine\nnum_layers: 2\n", encoding="utf-8")
     (tmp_path / "model" / "wrong.yaml").write_text("num_layer: 2\n", encoding="utf-8")
     assert compose(["model=mine"], [tmp_path]).model.num_layers == 2

@@ -12,6 +12,7 @@ import pytest
 
 from bigtrain.config.errors import UserError
 from bigtrain.data import build as building
+from bigtrain.data import sides
 from bigtrain.data.build import BuildOptions, build
 from bigtrain.data.shards import Dataset, Index
 from bigtrain.data.tokenizer import Tokenizer
@@ -195,8 +196,11 @@ def test_refuses_a_folder_that_is_there(tokenizer: Tokenizer, tmp_path: Path) ->
     [
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"shard_tokens": 0}, "shard_tokens is 0"),
-        ({"held_out": 1e-9}, "no document is left for valid/: 5 documents, held_out 1e-09"),
-        ({"field": "body"}, r"no document is left for train/.*\"no field 'body'\": 5"),
+        ({"seed": -1}, "seed is -1"),
+        (
+            {"field": "body"},
+            r"no document is left. Dropped: 5 no field 'body' \(such as .*/out.jsonl:1\); data.prepare.json_field ",
+        ),
     ],
 )
 def test_bad_options_leave_nothing_behind(
@@ -205,6 +209,16 @@ def test_bad_options_leave_nothing_behind(
     with pytest.raises(UserError, match=words):
         small_build(tmp_path / "out", make_texts(5), tokenizer, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize(("few", "num_lanes"), [(["one"], 1), (["same", "same"], 1), (["a", "b", "c"], 3)])
+def test_too_few_documents_leave_nothing_behind(
+    tokenizer: Tokenizer, tmp_path: Path, few: list[str], num_lanes: int
+) -> None:
+    lines = str(write_jsonl(tmp_path / "few.jsonl", few))
+    with pytest.raises(UserError, match=f"too few documents: {len(few)}, of which"):
+        build(BuildOptions([lines]), tokenizer=tokenizer, out=tmp_path / "out", num_workers=0, num_lanes=num_lanes)
+    assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
 
 
 def test_a_build_that_breaks_off_leaves_no_data_set(
@@ -233,7 +247,8 @@ def test_index_refuses_what_it_does_not_know() -> None:
 def test_the_sides_are_the_same_for_ever() -> None:
     """Held-out text of one version must not become training text of the next, on any machine."""
     texts = [f"text {number}" for number in range(40)]
-    assert [number for number, text in enumerate(texts) if building.is_held_out(text, 0.1)] == GOLDEN_HELD_OUT
+    hashes = np.array([sides.hash_of(text.encode()) for text in texts], np.uint64)
+    assert np.flatnonzero(sides.held_out(hashes, 0.1)).tolist() == GOLDEN_HELD_OUT
 
 
 GOLDEN_HELD_OUT = [4, 35]

@@ -75,9 +75,44 @@ def test_the_tokenizer_sees_no_held_out_text(config: Config) -> None:
     files = sorted(str(path) for path in Path(config.data.prepare.inputs[0]).parent.glob("*.py"))
     seen = list(prepare.training_texts(files, field="text", held_out=0.2, progress=False))
     run(config)
-    held_out = [text for text in texts if build.is_held_out(text, 0.2)]
+    held_out = set(texts) - set(seen)
     assert len(held_out) == len(Dataset.open(config.data.valid[0].path)) > 0
-    assert sorted(seen) == sorted(set(texts) - set(held_out))
+    assert len(seen) == len(Dataset.open(config.data.train[0].path))
+
+
+def test_too_few_documents_are_known_before_the_tokenizer(config: Config) -> None:
+    few = with_prepare(config, inputs=[str(Path(config.data.prepare.inputs[0]).with_name("1?.py"))], held_out=0.01)
+    with pytest.raises(UserError) as caught:
+        run(replace(few, data=replace(few.data, num_lanes=64)))
+    said = str(caught.value)
+    for part in (
+        "10, of which 9 for train/ and 1 for valid/",
+        "data.num_lanes=64",
+        "data.num_lanes to at most 9",
+        "text",
+    ):
+        assert part in said
+    assert not Path(config.tokenizer.path).exists()
+
+
+def test_why_documents_are_dropped_is_said(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jsonl").write_text('{"body": "x"}\n' * 3)
+    (tmp_path / "bad" / "b.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "bad" / "c.txt").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        run(with_prepare(config, inputs=[str(tmp_path / "bad")]))
+    assert str(caught.value).replace(str(tmp_path), "") == (
+        "no document is left. Dropped: 1 empty (such as /bad/c.txt), 3 no field 'text' (such as /bad/a.jsonl:1), 1 not "
+        "UTF-8 (such as /bad/b.txt); data.prepare.json_field (--field) names the key that holds the text"
+    )
+
+
+def test_one_large_file_is_enough(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "input.txt").write_text("\n\n".join(make_texts(3000)))
+    config = with_prepare(config, inputs=[str(tmp_path / "input.txt")], held_out=0.05)
+    run(replace(config, data=replace(config.data, num_lanes=64)))
+    assert len(Dataset.open(config.data.train[0].path)) > 100
 
 
 def test_nothing_to_prepare(config: Config) -> None:

@@ -10,7 +10,7 @@ import pytest
 from bigtrain.config.compose import compose
 from bigtrain.data import readers
 
-from .conftest import load_tool
+from .conftest import load_tool, write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,31 @@ def test_the_tools_make_what_a_run_needs(inputs: list[str], tmp_path: Path, caps
     assert shards.main(command) == 2
     assert tokenizer.main(["inspect", out]) == 2
     assert "already there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (["--held-out", "2"], "held_out is 2.0: a share of the documents"),
+        (["--sample-mb", "-1"], "the sample is -1000000 bytes"),
+        (["--field", "body"], "no document is left"),
+    ],
+)
+def test_the_tokenizer_tool_refuses(
+    texts: list[str], tmp_path: Path, option: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, out = write_jsonl(tmp_path / "x.jsonl", texts), tmp_path / "t.model"
+    assert load_tool("tokenizer").main(["train", str(lines), "--vocab-size", "360", "--out", str(out), *option]) == 2
+    assert says in capsys.readouterr().err and not out.exists()
+
+
+def test_the_shards_tool_refuses_a_negative_number_of_workers(
+    inputs: list[str], model: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.model").write_bytes(model)
+    command = ["build", *inputs, "--tokenizer", str(tmp_path / "t.model"), "--out", str(tmp_path / "out")]
+    assert load_tool("shards").main([*command, "--workers", "-2"]) == 2
+    assert capsys.readouterr().err == "error: workers is -2: a number of processes, 0 for none but this one\n"
 
 
 @pytest.mark.parametrize("tool", ["tokenizer", "shards"])

@@ -95,3 +95,47 @@ def test_unreadable_files_are_named(tmp_path: Path, damage) -> None:
     path.write_bytes(damage(gzip.compress(b'{"text": "x"}\n' * 1000)))
     with pytest.raises(UserError, match=r"input .*x\.jsonl\.gz: cannot be read"):
         list(readers.read_records([str(path)]))
+
+
+PARAGRAPHS = "".join(f"Paragraph {number}.\nIt has lines.\n\n" for number in range(20_000))
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        (PARAGRAPHS, "\n\n"),
+        (PARAGRAPHS.replace("\n", "\r\n"), "\r\n\r\n"),
+        ("A line.\n" * 50_000, "\n"),
+        ("word " * 100_000, " "),
+        ("\u4e2d\U0001f600" * 60_000, ""),
+        ("x" * 300_000, ""),
+    ],
+    ids=["blank lines", "CRLF", "lines", "words", "characters", "one word"],
+)
+def test_a_large_file_is_cut_and_nothing_is_lost(tmp_path: Path, text: str, end: str) -> None:
+    path = tmp_path / "input.txt"
+    path.write_bytes(text.encode())
+    records = list(readers.read_records([str(path)]))
+    texts = [readers.text_of(record, "text") for record in records]
+    assert "".join(texts) == text
+    assert all(part.endswith(end) for part in texts[:-1])
+    size = path.stat().st_size
+    assert 128 <= len(records) <= 260 and max(len(record.raw) for record in records) <= size // 128
+    assert sum(record.num_bytes for record in records) == size
+    line = int(records[9].source.rpartition(":")[2])
+    assert line == 1 + "".join(texts[:9]).count("\n")
+
+
+def test_pieces_of_a_very_large_file_are_at_most_64_kib(tmp_path: Path) -> None:
+    (tmp_path / "input.txt").write_bytes(b"A line.\n" * (2 << 20))
+    sizes = [len(record.raw) for record in readers.read_records([str(tmp_path / "input.txt")])]
+    assert set(sizes) == {64 << 10} and sum(sizes) == 16 << 20
+
+
+@pytest.mark.parametrize("bad", [b"\xe9", b"\xe4\xb8"])
+def test_a_large_file_that_is_no_utf_8_is_dropped_as_a_whole(tmp_path: Path, bad: bytes) -> None:
+    (tmp_path / "binary").write_bytes(bytes(3_000_000) + bad)
+    (record,) = readers.read_records([str(tmp_path / "binary")])
+    assert record.num_bytes == 3_000_000 + len(bad)
+    with pytest.raises(Drop, match="not UTF-8"):
+        readers.text_of(record, "text")

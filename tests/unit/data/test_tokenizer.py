@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import io
+import random
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,20 @@ def test_cut_characters_and_foreign_ids_show_as_replacement(tokenizer: Tokenizer
     assert len(ids) == 4
     assert tokenizer.decode(ids[:2]) == "\ufffd"
     assert tokenizer.decode([tokenizer.vocab_size + 5]) == "\ufffd"
+
+
+RANDOM = random.Random(0)
+BASE64 = base64.encodebytes(RANDOM.randbytes(6000)).decode()
+CHINESE = "".join(RANDOM.choices([chr(0x4E00 + number) for number in range(60)], k=6000))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize(("text", "vocab_size"), [(BASE64, 328), (CHINESE, 322), (CHINESE + " x", 322)])
+def test_text_without_spaces_still_gives_a_tokenizer_of_them(kind: str, text: str, vocab_size: int) -> None:
+    """U+2581 stands for the space in a model: where the text has no space, or few, it must be there all the same."""
+    made = Tokenizer(tokenizers.train([text], vocab_size=vocab_size, kind=kind))
+    for back in (text, *TRICKY):
+        assert made.decode(made.encode(back)) == back
 
 
 def test_training_is_reproducible(texts: list[str], model: bytes) -> None:

@@ -109,6 +109,17 @@ def test_no_such_checkpoint_to_resume_from(config: Config) -> None:
     assert "checkpoint.resume=/nowhere" in text
 
 
+def test_online_tracking_without_a_key(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("NETRC", "none"), ("WANDB_CONFIG_DIR", "none"), ("WANDB_API_KEY", "")):
+        monkeypatch.setenv(name, value)
+    online = changed(config, "tracker", mode="online")
+    (text,) = texts(online)
+    assert "tracker.mode=online" in text and "wandb login" in text and "tracker.mode=offline" in text
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert texts(online) == []
+
+
 def test_run_folder_of_another_config(config: Config) -> None:
     folder = Path(config.run.dir)
     configs.save(config, folder)

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +138,14 @@ def test_a_terminal_gets_one_live_line_and_the_notes_stay(monkeypatch: pytest.Mo
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_note_from_a_signal_handler_begins_a_line(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as stream:
+        console = Console(stream=stream)
+        with console.phase("loading"):
+            console.note_at_once("stopping")
+        console.note_at_once("again")
+        Console(stream=stream, enabled=False).note_at_once("silent")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[:2] == ["loading ... ", "stopping"] and lines[3:] == ["again"]

@@ -119,10 +119,18 @@ def test_what_is_recorded() -> None:
     assert speed == pytest.approx(32)
 
 
-def test_an_agreed_stop_evaluates_and_saves_there() -> None:
+def test_an_agreed_stop_saves_there_and_evaluates_only_what_was_due() -> None:
     log, position = run(CONFIG, stop_at=5)
     assert log.steps("train")[-1] == 5 == position.step
-    assert log.steps("eval") == [4, 5] and log.steps("save") == [3, 5]
+    assert log.steps("eval") == [4] and log.steps("save") == [3, 5]
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_an_agreed_stop_saves_before_an_evaluation(step: int) -> None:
+    """At a step where a run that goes through evaluates as well."""
+    log, position = run(CONFIG, stop_at=step)
+    assert position.step == step
+    assert log.done[-2][:2] == ("save", step) and log.done[-1] == ("eval", step)
 
 
 def test_stop_after_is_the_last_step_and_the_schedule_does_not_know() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bigtrain.trainer.stopping import StopSignal
+from bigtrain.trainer.stopping import STOPPING, StopSignal
 
 
 class Ranks:
@@ -53,6 +53,21 @@ def test_a_signal_of_another_rank_stops_this_one_and_is_named() -> None:
     stop = StopSignal(Ranks(others=int(signal.SIGTERM)))  # type: ignore[arg-type]
     assert stop.agreed()
     assert stop.received == "SIGTERM"
+
+
+def test_it_says_once_and_at_once_that_it_stops() -> None:
+    said: list[str] = []
+    stop = StopSignal(Ranks(), say=said.append)  # type: ignore[arg-type]
+    stop.install()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert said == [STOPPING]
+    assert stop.agreed() and said == [STOPPING]
+
+
+def test_it_says_that_another_rank_stops_it() -> None:
+    said: list[str] = []
+    stop = StopSignal(Ranks(others=int(signal.SIGTERM)), say=said.append)  # type: ignore[arg-type]
+    assert stop.agreed() and said == [STOPPING]
 
 
 def test_a_signal_during_the_agreement_counts_at_the_next_step() -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from bigtrain.telemetry.metrics import MetricsFile
-from bigtrain.trainer.summary import write_summary
+from bigtrain.trainer.summary import tells_of, write_summary
 
 
 def summary_of(tmp_path: Path, *records: dict[str, object]) -> dict[str, object]:
@@ -40,6 +40,12 @@ def test_the_last_of_each_kind(tmp_path: Path) -> None:
 def test_a_run_without_held_out_data(tmp_path: Path) -> None:
     found = summary_of(tmp_path, {"kind": "train", "step": 1, "tokens": 10, "loss": 9.0})
     assert found["eval"] == {"loss": None, "perplexity": None, "bits_per_byte": None}
+
+
+def test_it_tells_of_the_step_that_it_ends_at(tmp_path: Path) -> None:
+    assert not tells_of(tmp_path, 1)
+    summary_of(tmp_path, {"kind": "train", "step": 1, "tokens": 10, "loss": 9.0})
+    assert tells_of(tmp_path, 1) and not tells_of(tmp_path, 2)
 
 
 def test_a_run_that_did_nothing(tmp_path: Path) -> None:
