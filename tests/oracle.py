@@ -69,8 +69,8 @@ class Trace:
     """Mean over the predicted tokens of the step's whole global batch."""
     grad_norms: list[float] = field(default_factory=list)
     """Global norm before clipping."""
-    first_gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Of the first step, before clipping, by Hugging Face's names; `from_hf` gives ours."""
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    """Of each of the first `keep_gradients` steps, before clipping, by Hugging Face's names; `from_hf` gives ours."""
     final_weights: dict[str, Tensor] = field(default_factory=dict)
     """By Hugging Face's names, each tied weight once."""
 
@@ -211,6 +211,7 @@ def train(
     optim: OptimConfig,
     lr_of_step: Callable[[int], float],
     grad_clip: float,
+    keep_gradients: int = 1,
 ) -> Trace:
     """Trains in place, one optimizer step for each item of `steps`: all the microbatches of a global batch, in any
     order and cut in any way. `lr_of_step` takes the step from 0; `grad_clip` 0 is no clipping.
@@ -220,11 +221,13 @@ def train(
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=optim.lr)
+    if optim.name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     trace = Trace()
     hf_model.train()
     for step, batches in enumerate(steps):
-        for group in adamw.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr_of_step(step)
         num_predicted = sum(int(batch.loss_mask_BS.sum()) for batch in batches)
         loss = 0.0
@@ -232,11 +235,12 @@ def train(
             mean = loss_sum(hf_model, batch) / num_predicted
             mean.backward()
             loss += mean.item()
-        if step == 0:
-            trace.first_gradients = {n: p.grad.clone() for n, p in hf_model.named_parameters() if p.grad is not None}
+        if step < keep_gradients:
+            named = hf_model.named_parameters()
+            trace.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
         norm = nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf"))
-        adamw.step()
-        adamw.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         trace.losses.append(loss)
         trace.grad_norms.append(norm.item())
     trace.final_weights = {name: p.detach().clone() for name, p in hf_model.named_parameters()}

@@ -126,10 +126,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101)."""
+    """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101), or plain SGD."""
 
-    name: str = _choice("adamw", "adamw")
-    """The optimizer."""
+    name: str = _choice("adamw", "adamw", "sgd")
+    """sgd: no momentum; to compare runs, since it carries rounding on as it is. The betas and eps are AdamW's."""
     lr: float = 1e-3
     """Peak learning rate."""
     beta1: float = 0.9

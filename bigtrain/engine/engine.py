@@ -40,7 +40,7 @@ from bigtrain.engine.vendor import import_deepspeed
 from bigtrain.model.attention import boundaries_of
 from bigtrain.model.build import EMBEDDING, Decoder, build, shards_of
 from bigtrain.model.initial import initialize
-from bigtrain.optim.adamw import build_optimizer
+from bigtrain.optim.optimizer import build_optimizer
 from bigtrain.optim.loss_scale import LossScale
 
 

@@ -20,7 +20,8 @@ from bigtrain.distributed.sharding import Shard
 if TYPE_CHECKING:
     from bigtrain.engine.engine import Engine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+"""By optim.name: what torch keeps for each weight."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,21 @@ class _Run:
 def fragments(engine: Engine) -> list[Fragment]:
     """What this rank holds of every weight, moments included (made of zeros where no step was taken yet)."""
     _make_moments(engine)
-    state = _base(engine).state
-    return _fragments(engine, lambda flat: {"weight": flat.detach(), **{key: state[flat][key] for key in MOMENTS}})
+    state, moments = _base(engine).state, MOMENTS[engine.config.optim.name]
+    return _fragments(engine, lambda flat: {"weight": flat.detach(), **{key: state[flat][key] for key in moments}})
 
 
 def adam_step(engine: Engine) -> int:
-    """Updates that Adam made: steps less those that a gradient without a finite norm made it skip."""
-    return max((int(state["step"].item()) for state in _base(engine).state.values()), default=0)
+    """Updates that Adam made: steps less those that a gradient without a finite norm made it skip. 0 for SGD."""
+    return max((int(state["step"].item()) for state in _base(engine).state.values() if "step" in state), default=0)
 
 
 def after_load(engine: Engine, adam_step: int) -> None:
     """Spread loaded fp32 weights to the weights that the forward uses, and set Adam's step count. Collective."""
     optimizer = engine.optimizer
     for state in _base(engine).state.values():
-        state["step"].fill_(float(adam_step))
+        if "step" in state:
+            state["step"].fill_(float(adam_step))
     if engine.config.parallel.zero_stage < 3:
         optimizer.update_lp_params()
         return
@@ -114,11 +116,12 @@ def _flat_groups(engine: Engine) -> list[torch.Tensor]:
 
 def _make_moments(engine: Engine) -> None:
     """torch makes Adam's state in the first step; a resumed run needs it before."""
-    for flat in _flat_groups(engine):
+    moments = MOMENTS[engine.config.optim.name]
+    for flat in _flat_groups(engine) if moments else ():
         state = _base(engine).state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            for key in MOMENTS:
+            for key in moments:
                 state[key] = torch.zeros_like(flat, requires_grad=False)
 
 

@@ -19,6 +19,9 @@ from bigtrain.config.schema import (
 )
 from bigtrain.data.loader import Microbatch
 
+Pieces = list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]
+"""(name, global shape, offsets, values) of rectangles of global tensors."""
+
 LLAMA = ModelConfig(
     num_layers=2, hidden_size=64, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=160, vocab_size=256
 )
@@ -82,10 +85,10 @@ class Trained:
 
     losses: list[float]
     grad_norms: list[float]
-    initial: list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]
-    """Pieces of the initial weights: (name, global shape, offsets, values)."""
-    gradients: list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]
-    """Pieces of the first step's gradient, before clipping."""
+    initial: Pieces
+    """Of the initial weights."""
+    gradients: Pieces
+    """Of the first step's, before clipping."""
 
 
 def train(config: Config, num_steps: int) -> Trained:
@@ -117,7 +120,7 @@ def share_of(microbatches: list[Microbatch], topology: Any) -> list[Microbatch]:
     return microbatches[topology.data_rank :: topology.data]
 
 
-def pieces(fragments: Any, kind: str) -> list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]:
+def pieces(fragments: Any, kind: str) -> Pieces:
     """The rectangles that this rank owns, copied."""
     from bigtrain.checkpoint.slices import GlobalTensor
 
@@ -130,7 +133,7 @@ def pieces(fragments: Any, kind: str) -> list[tuple[str, torch.Size, tuple[int, 
     return found
 
 
-def assemble(ranks: list[list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]]) -> dict[str, torch.Tensor]:
+def assemble(ranks: list[Pieces]) -> dict[str, torch.Tensor]:
     """Whole tensors from the pieces of all ranks. Every element must be written exactly once."""
     wholes: dict[str, torch.Tensor] = {}
     written: dict[str, torch.Tensor] = {}

@@ -33,7 +33,7 @@ def check(config: Config, pool: PoolFactory, world: int, model: str) -> None:
 
     trace = _TRACES[model]
     gradients = small.assemble([rank.gradients for rank in ranks])
-    expected = oracle.from_hf(trace.first_gradients, MODELS[model])
+    expected = oracle.from_hf(trace.gradients[0], MODELS[model])
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         deviation = (gradient - expected[name]).norm() / expected[name].norm()

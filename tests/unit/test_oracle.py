@@ -160,7 +160,7 @@ def test_gradients_come_back_under_our_names(model: ModelConfig) -> None:
     mask = batch.loss_mask_BS
     loss = F.cross_entropy(logits_by_hand(leaves, batch, model)[mask], batch.targets_BS[mask])
     loss.backward()
-    gradients = oracle.from_hf(trace.first_gradients, model)
+    gradients = oracle.from_hf(trace.gradients[0], model)
     assert gradients.keys() == leaves.keys()
     for name, leaf in leaves.items():
         torch.testing.assert_close(gradients[name], leaf.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

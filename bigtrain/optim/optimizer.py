@@ -1,4 +1,4 @@
-"""AdamW over two parameter groups: matrices decay, norms and biases do not."""
+"""torch's optimizers over two parameter groups: matrices decay, norms and biases do not."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ def decays(name: str) -> bool:
 
 
 def build_optimizer(parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
-    """torch's AdamW, one fused kernel a flat partition. `parameters`: (name, parameter) of this rank's stage."""
+    """AdamW, one fused kernel a flat partition, or SGD. `parameters`: (name, parameter) of this rank's stage."""
     named = list(parameters)
     groups = [
         {"params": [p for n, p in named if decays(n)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -1,0 +1,91 @@
+"""What a rank runs for the certificate, and the batches that all of them are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bigtrain.config.schema import Config
+from bigtrain.data.loader import Microbatch
+from tests.distributed.small import Pieces, pieces
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one rank saw; pieces of tensors are those that it owns."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    initial: Pieces
+    gradients: list[Pieces]
+    """Of each of the first steps, before clipping."""
+    final: Pieces
+
+
+def train(config: Config, steps: int, keep_gradients: int) -> Run:
+    """On a rank: `steps` steps at a constant learning rate; the gradients of the first `keep_gradients`."""
+    from bigtrain.distributed.start import start
+    from bigtrain.engine import state
+    from bigtrain.engine.engine import Engine
+
+    engine = Engine(config, start(config))
+    topology = engine.runtime.topology
+    initial = pieces(state.fragments(engine), "weight")
+    losses: list[float] = []
+    norms: list[float] = []
+    gradients: list[Pieces] = []
+    for step in range(steps):
+        loss = engine.forward_backward(global_batch(config, step)[topology.data_rank :: topology.data])
+        with state.gradients_of_next_step(engine) as found:
+            norms.append(engine.optimizer_step(config.optim.lr))
+        if step < keep_gradients:
+            gradients.append(pieces(found, "grad"))
+        losses.append(loss.mean.item())
+    return Run(losses, norms, initial, gradients, pieces(state.fragments(engine), "weight"))
+
+
+def other_document_shows(config: Config) -> bool:
+    """On one rank: do the logits of a row's second document change, in any bit, with the tokens of its first?"""
+    from bigtrain.distributed.start import start
+    from bigtrain.engine.engine import Engine
+    from bigtrain.model.attention import boundaries_of
+
+    engine = Engine(config, start(config))
+    length = config.train.sequence_length
+    half = length // 2
+    tokens = torch.randint(config.model.vocab_size, (1, length), generator=torch.Generator().manual_seed(7))
+    documents = (torch.arange(length) >= half).long()[None]
+    positions = torch.cat([torch.arange(half), torch.arange(length - half)])[None]
+    perturbed = tokens.clone()
+    perturbed[:, :half] = (perturbed[:, :half] + 1) % config.model.vocab_size
+    with torch.no_grad():
+        first, second = (
+            engine.chunks[0](rows, positions, boundaries_of(documents))[:, half:] for rows in (tokens, perturbed)
+        )
+    return not torch.equal(first, second)
+
+
+def global_batch(config: Config, step: int) -> list[Microbatch]:
+    """The same for every layout, as microbatches: packed documents of random length, with structure to learn."""
+    size, length, vocab = config.train.global_batch_size, config.train.sequence_length, config.model.vocab_size
+    generator = torch.Generator().manual_seed(config.run.seed + step)
+    rows = torch.randint(0, max(vocab // 4, 2), (size, length + 1), generator=generator).cumsum(1) % vocab
+    starts = torch.rand(size, length + 1, generator=generator) < 3 / length
+    starts[:, 0] = True
+    place = torch.arange(length + 1).expand_as(rows)
+    positions = place - torch.where(starts, place, 0).cummax(1).values
+    return [
+        Microbatch(
+            tokens_BS=rows[part, :-1],
+            targets_BS=rows[part, 1:],
+            loss_mask_BS=~starts[part, 1:],
+            positions_BS=positions[part, :-1],
+            documents_BS=(starts.cumsum(1) - 1)[part, :-1].int(),
+            single_document=False,
+        )
+        for part in (
+            slice(first, first + config.train.micro_batch_size)
+            for first in range(0, size, config.train.micro_batch_size)
+        )
+    ]
