@@ -74,6 +74,9 @@ def run(commands: Sequence[Command], *, grace_s: float = 10.0) -> int:
             failed = _watch(children, received)
         finally:
             _end(children, grace_s)
+            if sys.stdout.isatty():  # a rank that was killed had hidden the cursor for its live line
+                sys.stdout.write("\x1b[?25h")
+                sys.stdout.flush()
     if received:
         return 128 + received[0]
     if not failed:

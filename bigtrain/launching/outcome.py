@@ -128,7 +128,8 @@ def _length(config: Config, times: int) -> str:
 
 def _another(config: Config, ending: str) -> list[str]:
     """A name that is not this run's, and a folder beside its own where that is not the default."""
-    name, folder = f"{config.run.name}-{ending}", Path(config.run.dir)
+    begin = config.run.name.removesuffix(f"-{num_steps(config.train)}")  # else names would grow
+    name, folder = f"{begin}-{ending}", Path(config.run.dir)
     is_default = folder == Path.cwd() / "runs" / config.run.name
     return [f"run.name={name}"] + ([] if is_default else [f"run.dir={short(folder.with_name(name))}"])
 

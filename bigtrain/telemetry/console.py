@@ -76,7 +76,7 @@ class Console:
         if self._live is None:
             self._print(text)
         else:
-            self._live[0].console.print(text, markup=False, highlight=False)
+            self._live[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def start(self, *, num_steps: int, at_step: int) -> None:
         """Training is about to begin: `at_step` of `num_steps` steps are done."""

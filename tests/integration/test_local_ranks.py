@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -80,6 +81,18 @@ def test_a_mistake_that_all_ranks_see_is_said_once(tmp_path: Path, capfd: pytest
 def test_death_by_signal_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run([python(0, "import os; os.kill(os.getpid(), 9)")]) == 128 + 9
     assert "rank 0 ended by SIGKILL (the kernel does that when memory runs out)" in capfd.readouterr().err
+
+
+def test_a_terminal_gets_its_cursor_back() -> None:
+    program = (
+        "import sys; from bigtrain.launching.local import Command, run; "
+        "run([Command('rank 0', [sys.executable, '-c', 'import os; print(123, flush=True); os.kill(os.getpid(), 9)'])])"
+    )
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", program], stdout=theirs, stderr=subprocess.DEVNULL, check=True, timeout=60)
+    assert os.read(ours, 1000).endswith(b"\x1b[?25h")
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_one_that_ignores_sigterm_is_killed_with_what_it_started(tmp_path: Path) -> None:

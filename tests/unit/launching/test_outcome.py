@@ -114,6 +114,10 @@ def test_the_users_own_settings_are_carried() -> None:
     assert cluster.cluster.kind == "slurm" and cluster.dry_run
 
 
+def test_names_do_not_grow() -> None:
+    assert "run.name=default-1200" in launches("run.name=default-120", "train.num_steps=120")[0]
+
+
 def test_a_folder_of_presets_is_carried() -> None:
     lines = next_steps(run_of(), None, ["--config-dir=my presets"])[1:]
     assert all("'--config-dir=my presets'" in line for line in lines)
