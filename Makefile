@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke test test-fast lint bench clean
+.PHONY: help install smoke test test-fast certify lint bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -30,6 +30,9 @@ test: install  ## the whole test suite
 
 test-fast: install  ## the quick tests, under 2 minutes
 	$(BIN)/pytest -m "not slow" tests/unit
+
+certify: install  ## every layout on up to 8 CPU ranks against Transformers: up to 40 minutes
+	$(BIN)/python tools/layouts.py --all --json runs/layouts.json --page runs/layouts.html
 
 lint: install  ## ruff, pyright, import-linter
 	$(BIN)/ruff check .

@@ -40,8 +40,8 @@ from bigtrain.engine.vendor import import_deepspeed
 from bigtrain.model.attention import boundaries_of
 from bigtrain.model.build import EMBEDDING, Decoder, build, shards_of
 from bigtrain.model.initial import initialize
-from bigtrain.optim.optimizer import build_optimizer
 from bigtrain.optim.loss_scale import LossScale
+from bigtrain.optim.optimizer import build_optimizer
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ FILES = {
     "comm/torch.py": (DEEPSPEED, "deepspeed/comm/torch.py"),
     "zero/utils.py": (DEEPSPEED, "deepspeed/runtime/zero/utils.py"),
     "engine.py": (DEEPSPEED, "deepspeed/runtime/engine.py"),
+    "parameter_offload.py": (DEEPSPEED, "deepspeed/runtime/zero/parameter_offload.py"),
+    "partitioned_param_coordinator.py": (DEEPSPEED, "deepspeed/runtime/zero/partitioned_param_coordinator.py"),
 }
 CITED = {
     ("distributed/megatron_cpu.py", "rotary_pos_embedding.py", 162): "torch.cuda.current_device()",
@@ -47,6 +49,8 @@ CITED = {
     ("engine/deepspeed_patches.py", "comm/torch.py", 435): "def reduce_scatter_tensor(",
     ("engine/deepspeed_patches.py", "zero/utils.py", 59): "def get_norm_dtype(",
     ("engine/deepspeed_patches.py", "zero/utils.py", 114): "def assert_ints_same_as_other_ranks(",
+    ("engine/gather.py", "parameter_offload.py", 438): "module.ds_grads_remaining = 0",
+    ("engine/gather.py", "partitioned_param_coordinator.py", 498): "if self.is_complete_trace() else set(",
     ("engine/mpu.py", "engine.py", 3132): "using ZeRO stage 0",
     ("model/norms.py", "torch_norm.py", 32): "assert not config.sequence_parallel",
 }
@@ -114,6 +118,22 @@ def test_deepspeed_compiles_a_shared_memory_all_reduce_at_start() -> None:
 def test_deepspeed_compares_over_the_whole_world() -> None:
     assert "dist.broadcast(lst_tensor, src=0, async_op=False)" in function("zero/utils.py", "get_lst_from_rank0")
     assert "group" not in function("zero/utils.py", "assert_ints_same_as_other_ranks")
+
+
+def test_without_a_trace_zero_3_releases_persistent_weights_too() -> None:
+    """`held` keeps them."""
+    release = function("partitioned_param_coordinator.py", "release_sub_module")
+    without_trace = release[release.index("else set(") : release.index("if not forward:")]
+    assert "ds_persist" not in without_trace
+
+
+def test_a_forward_sets_the_count_of_the_next_backward_anew() -> None:
+    """`Releases` gives each backward the count of a forward."""
+    hook = function("parameter_offload.py", "_post_backward_module_hook")
+    assert hook.count("module.ds_grads_remaining = 0") == 1
+    assert "module.ds_grads_remaining += 1" in function(
+        "parameter_offload.py", "setup_context", "PostBackwardFunctionModule"
+    )
 
 
 def test_deepspeed_takes_norms_in_fp64_where_there_is_fp64() -> None:

@@ -48,7 +48,9 @@ def parse(name: str) -> Layout:
     what is left out is 1. Raises UserError."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise UserError(f"--layouts {name}: is no layout. Write ZeRO stage, tensor, pipeline, data as in z3-t2s-p2v2-d1.")
+        raise UserError(
+            f"--layouts {name}: is no layout. Write ZeRO stage, tensor, pipeline, data as in z3-t2s-p2v2-d1."
+        )
     zero, tensor, sequence, pipeline, virtual, data = match.groups()
     sizes = [int(size or 1) for size in (tensor, pipeline, virtual, data)]
     if min(sizes) < 1:
@@ -65,11 +67,15 @@ def full_matrix(world: int) -> list[Layout]:
             (1, 2), (1, 2, 4), (1, 2), (1, 2, 4), (False, True), (0, 1, 2, 3)
         )
     )
-    sound = [each for each in every if (each.tensor > 1 or not each.sequence) and (each.pipeline > 1 or each.virtual == 1)]
+    sound = [
+        each for each in every if (each.tensor > 1 or not each.sequence) and (each.pipeline > 1 or each.virtual == 1)
+    ]
     return sorted((each for each in sound if each.world <= world), key=lambda each: each.world)
 
 
-COVERING = "z0-d2 z1-t2s z2-p2 z3-t2-d2 z0-t2-p2 z1-p2v2-d2 z2-t4s-d1 z2-p2-d2 z3-p4 z3-p2v2-d2 z1-t2s-p2 z3-t2s-p2v2-d1"
+COVERING = (
+    "z0-d2 z1-t2s z2-p2 z3-t2-d2 z0-t2-p2 z1-p2v2-d2 z2-t4s-d1 z2-p2-d2 z3-p4 z3-p2v2-d2 z1-t2s-p2 z3-t2s-p2v2-d1"
+)
 """What runs without --all: each value of each setting, on up to 4 ranks."""
 
 

@@ -1,0 +1,106 @@
+"""The certificate as text, JSON and a page."""
+
+from __future__ import annotations
+
+import html
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigtrain.config.errors import UserError
+
+if TYPE_CHECKING:
+    from tools.layouts import Certificate, Row
+
+COLUMNS = ("layout", "ranks", "loss", "gradient norm", "gradients", "weights", "verdict")
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}"
+    "td:first-child,td:last-child,th:first-child,th:last-child{text-align:left}.bad{background:#fdd}"
+)
+
+
+def cells(row: Row) -> list[str]:
+    found = row.deviation
+    numbers = [found.loss, found.grad_norm, found.gradient, found.weight] if found is not None else []
+    shown = [f"{number:.1e}" for number in numbers] or ["-"] * 4
+    return [row.layout, str(row.ranks), *shown, row.verdict]
+
+
+def bounds_line(certificate: Certificate) -> str:
+    bounds = certificate.bounds
+    weight = "reported only" if bounds.weight is None else f"{bounds.weight:g}"
+    return (
+        f"bounds: loss {bounds.loss:g}, gradient norm {bounds.grad_norm:g}, gradients {bounds.gradient:g} of their "
+        f"norm, weights {weight}. {bounds.why}"
+    )
+
+
+def outcome(certificate: Certificate) -> str:
+    rows = certificate.rows
+    bad, refused = sum(row.is_bad for row in rows), sum(row.refused is not None for row in rows)
+    said = f"{certificate.num_certified} of {len(rows)} layouts compute the oracle's run"
+    said += f"; {refused} refused before any rank started" if refused else ""
+    said += f"; {bad} DEVIATE" if bad else ""
+    apart = "in no bit" if certificate.documents_are_apart else "SHOWS THROUGH"
+    return f"{said}. A row's first document changes the logits of its second: {apart}."
+
+
+def summary(certificate: Certificate) -> str:
+    """A table of the largest relative deviations from the oracle."""
+    table = [list(COLUMNS), *map(cells, certificate.rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS) - 1)]
+    lines = [
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)), line[-1]])
+        for line in table
+    ]
+    return "\n".join(["", *lines, "", bounds_line(certificate), outcome(certificate)])
+
+
+def write(certificate: Certificate, to_json: Path, to_page: Path) -> None:
+    """Raises UserError where a file cannot be written."""
+    versions = {name: version(name) for name in ("bigtrain", "torch", "deepspeed", "megatron-core", "transformers")}
+    record = {
+        "holds": certificate.holds,
+        "outcome": outcome(certificate),
+        "versions": versions,
+        **certificate.settings,
+        "bounds": vars(certificate.bounds),
+        "documents_are_apart": certificate.documents_are_apart,
+        "layouts": [
+            {"layout": row.layout, "ranks": row.ranks, "seconds": round(row.seconds, 1), "verdict": row.verdict}
+            | (row.deviation.as_json() if row.deviation is not None else {})
+            for row in certificate.rows
+        ],
+    }
+    texts = {to_json: json.dumps(record, indent=1) + "\n", to_page: _page(certificate, versions)}
+    for path, text in texts.items():
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written: {error.strerror}. Give --json and --page other places."
+            ) from error
+        print(path)
+
+
+def _page(certificate: Certificate, versions: dict[str, str]) -> str:
+    def line(tag: str, texts: list[str], bad: bool = False) -> str:
+        mark = " class=bad" if bad else ""
+        return f"<tr{mark}>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
+
+    rows = [line("th", list(COLUMNS)), *(line("td", cells(row), row.is_bad) for row in certificate.rows)]
+    shown = [
+        outcome(certificate),
+        "Largest relative deviation of each layout from Hugging Face Transformers in a bare PyTorch loop, "
+        f"{certificate.settings['steps']} steps; settings: "
+        f"{' '.join(certificate.settings['overrides']) or 'the defaults'}.",
+        bounds_line(certificate),
+        ", ".join(f"{name} {number}" for name, number in versions.items()),
+    ]
+    paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in shown)
+    return (
+        f"<!doctype html><meta charset=utf-8><title>Layouts</title><style>{STYLE}</style><h1>Every layout, one run</h1>"
+        f"{paragraphs}<table>{''.join(rows)}</table>\n"
+    )
