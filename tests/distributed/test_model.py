@@ -46,7 +46,7 @@ def logits(config: Config, batches: list[Microbatch], boundaries_of_rows: bool =
     from bigtrain.model.initial import initialize
 
     runtime = start(config)
-    decoder = build(config, runtime)
+    (decoder,) = build(config, runtime)
     initialize(decoder, config.model, seed=3, topology=runtime.topology)
     seed_step(3, 0, runtime.topology)
     decoder.eval()
