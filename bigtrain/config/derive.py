@@ -142,6 +142,46 @@ def world_size(config: Config) -> int:
 
 
 @dataclass(frozen=True)
+class StateBytes:
+    """Bytes of weights, gradients and optimizer state on each rank of a pipeline stage: docs/memory.md."""
+
+    weights: int
+    """Those that forward and backward use."""
+    gathered: int
+    """Of whole weights that ZeRO-3 holds beside its shards from step to step, unless parallel.gather=microbatch. With
+    auto the ranks decide when they start, so this is what they may hold."""
+    gradients: int
+    """At the end of accumulation, before the update."""
+    gradients_kept: int
+    """Of those, what is still allocated after the update."""
+    optimizer: int
+    """fp32 master weights and moments."""
+
+
+def state_bytes(config: Config, data: int) -> list[StateBytes]:
+    """The formula of docs/memory.md for each pipeline stage. `data`: data ranks."""
+    parallel, dtype = config.parallel, config.precision.dtype
+    zero, element = parallel.zero_stage, BYTES_OF_DTYPE[dtype]
+    # DeepSpeed's BF16_Optimizer adds each backward's bf16 gradients to whole fp32 ones that it never frees
+    whole_in_fp32_and_bf16 = dtype == "bf16" and zero <= 1
+    found: list[StateBytes] = []
+    for stage in parameters_of_stages(config.model, parallel):
+        whole = stage.per_rank(parallel.tensor)
+        shard = -(-whole // data)
+        gradients = 4 * (shard if zero >= 2 else whole)
+        found.append(
+            StateBytes(
+                weights=element * (shard if zero >= 3 else whole),
+                gathered=element * whole if zero >= 3 and parallel.gather != "microbatch" else 0,
+                gradients=gradients + (element * whole if whole_in_fp32_and_bf16 else 0),
+                gradients_kept=gradients if zero >= 3 or whole_in_fp32_and_bf16 else 0,
+                optimizer=(4 if config.optim.name == "sgd" else 12) * (shard if zero >= 1 else whole),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
 class Derived:
     """Every number that follows from a config on a world of ranks."""
 
@@ -159,6 +199,8 @@ class Derived:
     num_steps: int
     num_tokens: int
     weight_bytes_per_rank: int
+    """This and the next three on the fullest pipeline stage, as in `StateBytes`."""
+    gathered_bytes_per_rank: int
     gradient_bytes_per_rank: int
     optimizer_bytes_per_rank: int
     flops_per_token: int
@@ -167,32 +209,27 @@ class Derived:
 
 
 def derive(config: Config, world: int) -> Derived:
-    """The derived numbers of a config that `check` finds nothing wrong with.
-
-    Bytes are those of the states that live from step to step (https://arxiv.org/abs/1910.02054, section 3.1) on the
-    fullest stage, not of activations and buffers: weights in precision.dtype, gradients in fp32, fp32 master weights
-    and two moments.
-    """
+    """The derived numbers of a config that `check` finds nothing wrong with. Bytes are without activations and
+    buffers."""
     model, train, parallel = config.model, config.train, config.parallel
     data = world // (parallel.tensor * parallel.pipeline)
-    on_rank = max(stage.per_rank(parallel.tensor) for stage in parameters_of_stages(model, parallel))
-    element = BYTES_OF_DTYPE[config.precision.dtype]
-    shard = -(-on_rank // data)
+    fullest = max(state_bytes(config, data), key=lambda stage: stage.weights + stage.gathered + stage.optimizer)
     return Derived(
         world=world,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         data=data,
         num_parameters=count_parameters(model),
-        model_bytes=count_parameters(model) * element,
+        model_bytes=count_parameters(model) * BYTES_OF_DTYPE[config.precision.dtype],
         num_tokens_per_microbatch=train.micro_batch_size * train.sequence_length,
         num_microbatches=train.global_batch_size // (train.micro_batch_size * data),
         num_tokens_per_step=tokens_per_step(train),
         num_steps=num_steps(train),
         num_tokens=num_steps(train) * tokens_per_step(train),
-        weight_bytes_per_rank=element * (shard if parallel.zero_stage >= 3 else on_rank),
-        gradient_bytes_per_rank=4 * (shard if parallel.zero_stage >= 2 else on_rank),
-        optimizer_bytes_per_rank=12 * (shard if parallel.zero_stage >= 1 else on_rank),
+        weight_bytes_per_rank=fullest.weights,
+        gathered_bytes_per_rank=fullest.gathered,
+        gradient_bytes_per_rank=fullest.gradients,
+        optimizer_bytes_per_rank=fullest.optimizer,
         flops_per_token=flops_per_token(model, train.sequence_length),
         layers_of_chunks=layers_of_chunks(model, parallel),
     )
@@ -200,7 +237,7 @@ def derive(config: Config, world: int) -> Derived:
 
 def describe(derived: Derived) -> list[str]:
     """One line a number, with its unit: what a reader checks before step 0."""
-    d = derived
+    d, gathered = derived, derived.gathered_bytes_per_rank
     stages = [d.layers_of_chunks[stage :: d.pipeline] for stage in range(d.pipeline)]
     spread = ", ".join("+".join(map(str, chunks)) for chunks in stages)
     rows = [
@@ -214,7 +251,8 @@ def describe(derived: Derived) -> list[str]:
         ("steps", f"{d.num_steps:,} steps"),
         ("tokens in total", f"{d.num_tokens:,} tokens"),
         ("weights", f"{_size(d.weight_bytes_per_rank)} a rank"),
-        ("gradients", f"{_size(d.gradient_bytes_per_rank)} a rank"),
+        *([("gathered weights", f"{_size(gathered)} a rank more where they are kept for a step")] if gathered else []),
+        ("gradients", f"{_size(d.gradient_bytes_per_rank)} a rank before the update"),
         ("optimizer", f"{_size(d.optimizer_bytes_per_rank)} a rank"),
         (
             "compute",

@@ -14,8 +14,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from bigtrain.config.check import check
 from bigtrain.config.compose import presets
-from bigtrain.config.derive import count_parameters, derive, flops_per_token, num_steps, parameter_count
-from bigtrain.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig, TrainConfig
+from bigtrain.config.derive import (
+    StateBytes,
+    count_parameters,
+    derive,
+    flops_per_token,
+    num_steps,
+    parameter_count,
+    state_bytes,
+)
+from bigtrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
 
 # GPT: 12 L h^2 + 13 L h (biases and norms) + (50304 + 2048) h (embeddings) + 2 h (last norm).
 # Llama 3's are Meta's published figures. tiny: 2 x 4096 x 256 + 6 x (3 x 256^2 + 3 x 256 x 704 + 2 x 256) + 256.
@@ -123,20 +131,44 @@ def test_derived_numbers() -> None:
     # tiny: norms (13 x 256) are whole on both tensor ranks, the rest is halved, then halved again over the data ranks.
     on_tensor_rank = (6_524_160 - 13 * 256) // 2 + 13 * 256
     assert derived.weight_bytes_per_rank == 4 * on_tensor_rank // 2
+    assert derived.gathered_bytes_per_rank == 4 * on_tensor_rank
     assert derived.gradient_bytes_per_rank == 4 * on_tensor_rank // 2
     assert derived.optimizer_bytes_per_rank == 12 * on_tensor_rank // 2
 
 
 @pytest.mark.parametrize(
-    ("stage", "weights", "gradients", "optimizer"), [(0, 1, 1, 1), (1, 1, 1, 4), (2, 1, 4, 4), (3, 4, 4, 4)]
+    ("dtype", "stage", "weights", "gathered", "gradients", "kept", "optimizer"),
+    [
+        ("fp32", 0, 16, 0, 16, 0, 48),
+        ("fp32", 1, 16, 0, 16, 0, 12),
+        ("fp32", 2, 16, 0, 4, 0, 12),
+        ("fp32", 3, 4, 16, 4, 4, 12),
+        ("bf16", 0, 8, 0, 24, 16, 48),
+        ("bf16", 1, 8, 0, 24, 16, 12),
+        ("bf16", 2, 8, 0, 4, 0, 12),
+        ("bf16", 3, 2, 8, 4, 4, 12),
+        ("fp16", 1, 8, 0, 16, 0, 12),
+    ],
 )
-def test_zero_stage_shards_what_it_says(stage: int, weights: int, gradients: int, optimizer: int) -> None:
-    config = Config(parallel=ParallelConfig(zero_stage=stage), precision=PrecisionConfig("bf16"))
-    derived = derive(config, 4)
-    count = count_parameters(config.model)
-    assert derived.weight_bytes_per_rank == 2 * count // weights
-    assert derived.gradient_bytes_per_rank == 4 * count // gradients
-    assert derived.optimizer_bytes_per_rank == 12 * count // optimizer
+def test_zero_stage_shards_what_it_says(
+    dtype: str, stage: int, weights: int, gathered: int, gradients: int, kept: int, optimizer: int
+) -> None:
+    """In bytes for every four weights, on four ranks."""
+    config = Config(parallel=ParallelConfig(zero_stage=stage), precision=PrecisionConfig(dtype))
+    quarter = count_parameters(config.model) // 4
+    bytes_of_states = (weights, gathered, gradients, kept, optimizer)
+    assert state_bytes(config, 4) == [StateBytes(*(quarter * each for each in bytes_of_states))]
+
+
+def test_each_stage_has_its_own_bytes_and_the_fullest_counts() -> None:
+    """tiny, tied: an embedding and three layers on either stage, and the last norm."""
+    model = dataclasses.replace(preset("tiny"), tie_embeddings=True)
+    config = Config(model=model, parallel=ParallelConfig(pipeline=2, zero_stage=3, gather="microbatch"))
+    config = dataclasses.replace(config, optim=OptimConfig(name="sgd"))
+    first = 4096 * 256 + 3 * (3 * 256**2 + 3 * 256 * 704 + 2 * 256)
+    shards = (first // 2, (first + 256) // 2)
+    assert state_bytes(config, 2) == [StateBytes(4 * n, 0, 4 * n, 4 * n, 4 * n) for n in shards]
+    assert derive(config, 4).weight_bytes_per_rank == 4 * shards[1]
 
 
 def test_tokens_set_the_steps_rounded_up() -> None:
