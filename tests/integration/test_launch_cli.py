@@ -131,7 +131,7 @@ def test_a_login_node_imports_no_torch(tmp_path: Path, arguments: list[str]) -> 
         ([CPU, "cluster.procs_per_node=4", "parallel.tensor=3"], "4 ranks"),
         ([CPU, "model.num_attention_heads=6", "model.hidden_size=252", "parallel.tensor=4"], "num_attention_heads=6"),
         ([CPU, "train.global_batch_size=18"], "train.global_batch_size=18"),
-        ([CPU, "parallel.pipeline=2"], "pipeline"),
+        ([CPU, "parallel.tensor=1", "parallel.pipeline=4", "parallel.virtual_pipeline=2"], "virtual_pipeline=2"),
         ([CPU, "data.prepare.inputs=[nowhere/*.txt]", "data.prepare.out=new"], "nowhere/*.txt"),
     ],
 )
