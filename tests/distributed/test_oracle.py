@@ -13,17 +13,18 @@ from tests import oracle
 from tests.distributed import small
 from tests.distributed.harness import PoolFactory
 
-STEPS = 20
+STEPS, FEW = 20, 8
+"""FEW: where a layout has other cases that run all of them; the certificate (tools/layouts.py) does, for each."""
 MODELS = {"llama": small.LLAMA, "gpt2": small.GPT2}
 LAYOUTS = [(zero, tensor, data) for zero in (0, 1, 2, 3) for tensor in (1, 2) for data in (1, 2)]
-
+LAYOUTS = [each for each in LAYOUTS if each[1:] != (1, 1) or each[0] == 1]  # on one rank the stages are one
 
 _STATES: dict[str, dict[str, torch.Tensor]] = {}
 _TRACES: dict[str, oracle.Trace] = {}
 
 
-def check(config: Config, pool: PoolFactory, world: int, model: str) -> None:
-    ranks = pool(world).run(small.train, config, STEPS)
+def check(config: Config, pool: PoolFactory, world: int, model: str, steps: int = FEW) -> None:
+    ranks = pool(world).run(small.train, config, steps)
     initial = small.assemble([rank.initial for rank in ranks])
     if model not in _STATES:
         _STATES[model] = initial
@@ -39,8 +40,8 @@ def check(config: Config, pool: PoolFactory, world: int, model: str) -> None:
         deviation = (gradient - expected[name]).norm() / expected[name].norm()
         assert deviation < 1e-5, f"{name}: gradient of the first step deviates by {deviation:.2e} of its norm"
     for rank in ranks:
-        assert rank.losses == pytest.approx(trace.losses, rel=1e-5)
-        assert rank.grad_norms == pytest.approx(trace.grad_norms, rel=1e-3)
+        assert rank.losses == pytest.approx(trace.losses[:steps], rel=1e-5)
+        assert rank.grad_norms == pytest.approx(trace.grad_norms[:steps], rel=1e-3)
 
 
 def _trace(model: ModelConfig, initial: dict[str, torch.Tensor]) -> oracle.Trace:
@@ -59,7 +60,9 @@ def _trace(model: ModelConfig, initial: dict[str, torch.Tensor]) -> oracle.Trace
 
 @pytest.mark.parametrize(("zero", "tensor", "data"), LAYOUTS)
 def test_llama(pool: PoolFactory, zero: int, tensor: int, data: int) -> None:
-    check(small.config(zero_stage=zero, tensor=tensor), pool, tensor * data, "llama")
+    check(
+        small.config(zero_stage=zero, tensor=tensor), pool, tensor * data, "llama", STEPS if tensor * data == 4 else FEW
+    )
 
 
 @pytest.mark.parametrize(("zero", "tensor", "data"), [(1, 1, 1), (3, 2, 2)])
@@ -73,9 +76,9 @@ def test_tensor_4(pool: PoolFactory, zero: int) -> None:
     check(small.config(zero_stage=zero, tensor=4), pool, 4, "llama")
 
 
-@pytest.mark.parametrize("gather", ["microbatch", "step"])
-def test_gather_policies(pool: PoolFactory, gather: str) -> None:
-    check(small.config(zero_stage=3, tensor=2, gather=gather), pool, 4, "llama")
+def test_gathering_for_each_microbatch(pool: PoolFactory) -> None:
+    """What `auto` does not choose here."""
+    check(small.config(zero_stage=3, tensor=2, gather="microbatch"), pool, 4, "llama")
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -45,7 +45,8 @@ def name_of(world: int, model: str, parallel: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(("world", "model", "parallel"), COVERING, ids=[name_of(*each) for each in COVERING])
 def test_layouts(pool: PoolFactory, world: int, model: str, parallel: dict[str, Any]) -> None:
-    test_oracle.check(small.config(test_oracle.MODELS[model], **parallel), pool, world, model)
+    steps = test_oracle.STEPS if parallel.get("zero_stage") == 3 and world == 4 else test_oracle.FEW
+    test_oracle.check(small.config(test_oracle.MODELS[model], **parallel), pool, world, model, steps)
 
 
 @pytest.mark.parametrize(
@@ -123,15 +124,24 @@ def half(dtype: str, model: Any = LLAMA5, **parallel: Any) -> Config:
     return replace(config, precision=replace(config.precision, initial_loss_scale=1024.0, loss_scale_window=3))
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_half_precision_learns_what_fp32_learns(pool: PoolFactory, zero: int) -> None:
+@pytest.fixture(scope="module")
+def exact(pool: PoolFactory) -> dict[str, list[float]]:
+    """Losses in fp32, which no layout changes (test_layouts)."""
+    models = {"llama5": LLAMA5, "gpt2_5": GPT2_5}
+    return {
+        name: pool(4).run(train, small.config(model, **layout(1, 2)), 8)[0].losses for name, model in models.items()
+    }
+
+
+@pytest.mark.parametrize(("zero", "model"), [(0, "llama5"), (1, "gpt2_5"), (2, "llama5"), (3, "gpt2_5")])
+@pytest.mark.parametrize(("dtype", "bound"), [("bf16", 5e-3), ("fp16", 1e-3)])
+def test_half_precision_learns_what_fp32_learns(
+    pool: PoolFactory, exact: dict[str, list[float]], zero: int, model: str, dtype: str, bound: float
+) -> None:
     """A rounding is 0.4 % at most in bf16 and 0.05 % in fp16; the losses are means over hundreds of tokens."""
-    model = GPT2_5 if zero == 3 else LLAMA5
-    exact = pool(4).run(train, small.config(model, **layout(zero, 2)), 10)[0].losses
-    for dtype, bound in (("bf16", 5e-3), ("fp16", 1e-3)):
-        rounded = pool(4).run(train, half(dtype, model, **layout(zero, 2)), 10)[0].losses
-        assert rounded == pytest.approx(exact, rel=bound)
-        assert rounded != exact
+    rounded = pool(4).run(train, half(dtype, test_oracle.MODELS[model], **layout(zero, 2)), 8)[0].losses
+    assert rounded == pytest.approx(exact[model], rel=bound)
+    assert rounded != pytest.approx(exact[model], rel=1e-6)
 
 
 @pytest.mark.parametrize(("zero", "stage"), [(0, 1), (1, 0), (2, 1), (3, 0), (3, 1)])

@@ -41,7 +41,7 @@ from bigtrain.config.schema import (
 )
 
 pytestmark = pytest.mark.slow
-STEPS, HALF, VOCABULARY = 40, 20, 512
+STEPS, HALF, VOCABULARY = 24, 12, 512
 DEADLINE_S = 300.0
 LAUNCHER = (
     "import sys; from bigtrain.config.frozen import load; from bigtrain.launching import local; "
@@ -186,7 +186,7 @@ def through(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         if layout not in done:
             config = config_of(tmp_path_factory.mktemp("runs") / f"through-{layout}", data, layout)
             if not done:
-                config = replace(config, tracker=TrackerConfig(), checkpoint=CheckpointConfig(interval=15, keep=2))
+                config = replace(config, tracker=TrackerConfig(), checkpoint=CheckpointConfig(interval=9, keep=2))
             done[layout] = run_well(config)
         return done[layout]
 
@@ -212,12 +212,12 @@ def test_metrics(whole: Path) -> None:
     assert [set(record) for record in evaluations] == [{"kind", "step", "loss", "perplexity", "bits_per_byte"}] * 2
     assert [record["step"] for record in evaluations] == [HALF, STEPS]
     events = [(record["name"], record["step"]) for record in records(whole, "event")]
-    assert events == [("checkpoint", 15), ("checkpoint", 30), ("checkpoint", STEPS)]
+    assert events == [("checkpoint", 9), ("checkpoint", 18), ("checkpoint", STEPS)]
 
 
 def test_files(whole: Path) -> None:
     assert frozen.load(whole).train.num_steps == STEPS
-    assert committed(whole) == [30, STEPS]
+    assert committed(whole) == [18, STEPS]
     newest = whole / "checkpoints" / f"step-{STEPS:08d}"
     state = json.loads((newest / "state.json").read_text())
     assert state["step"] == STEPS and state["cursor"]["num_sequences"] == 8 * STEPS

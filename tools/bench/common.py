@@ -43,6 +43,8 @@ class Job:
     batch_size: int = 8
     """Sequences a step, over all ranks."""
     model: ModelConfig = MODEL
+    layout: str = ""
+    """Ours alone: ZeRO stage and sizes, as tools/layouts.py names them."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -70,14 +72,15 @@ class Job:
         return self.tokens_per_step * (6.0 * matrices + attention)
 
     def batches(self) -> Iterator[Tensor]:
-        """Random tokens of this rank, [B, S + 1], one item a step; all ranks together see the same in any layout."""
+        """Random tokens, [B, S + 1], one item a step: the part of this rank, or all of them where there is a layout."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch_size, self.sequence_length + 1)
         mine = slice(rank() * self.rank_batch_size, (rank() + 1) * self.rank_batch_size)
         for _ in range(self.num_warmup + self.num_steps):
-            yield torch.randint(self.model.vocab_size, shape, generator=generator)[mine]
+            batch = torch.randint(self.model.vocab_size, shape, generator=generator)
+            yield batch if self.layout else batch[mine]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
     python tools/bench/step.py                       rounds of all contenders in turn, a table at the end
     python tools/bench/step.py --startup             seconds from the command to the end of the first step, by phase
+    python tools/bench/step.py --layouts             ZeRO stages and layouts of ours against ZeRO-1 data parallel
     python tools/bench/step.py contender plain       one contender alone, in this process
 
 All contenders train the same shape (checked by its number of parameters) on the same random tokens in fp32 with AdamW
@@ -11,7 +12,8 @@ highest. Nothing else may run on the machine meanwhile.
 
 Contenders are started as their users start them: one rank by `python`, more by torchrun, ours as bigtrain's launcher
 does, which also sets glibc's malloc thresholds. `NAME+malloc` is a contender with those same settings, so
-that the table shows what is ours and what is malloc.
+that the table shows what is ours and what is malloc. A layout's name (z3-t2-p2-d1, as in tools/layouts.py) is ours
+in that layout, on as many ranks as it has.
 """
 
 from __future__ import annotations
@@ -29,16 +31,25 @@ import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
-from dataclasses import asdict, dataclass, field  # noqa: E402
+from dataclasses import asdict, dataclass, field, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from common import Clock, Job  # noqa: E402
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tools.certificate.matrix import Layout  # noqa: E402
+from tools.certificate.matrix import parse as parse_layout  # noqa: E402
+
 LINE_UP = ["plain@1", "plain+malloc@1", "trainer@1", "ours@1", "ddp@2", "fsdp2@2"]
 LINE_UP += ["trainer-zero3@2", "deepspeed-zero3@2", "deepspeed-zero3+malloc@2", "ours@2"]
 TARGETS = (("ours@1", ("plain@1", "trainer@1"), 1.0), ("ours@2", ("trainer-zero3@2", "deepspeed-zero3@2"), 1.1))
 """Ours, of the faster of which others, at least what share in tokens a second."""
+LAYOUTS = ["z1-d2", "z0-d2", "z2-d2", "z3-d2", "z1-t2", "z1-t2s", "z3-t2", "z1-p2", "z3-p2", "z3-p2v2"]
+LAYOUTS += ["z1-d4", "z0-d4", "z2-d4", "z3-d4", "z1-t2-d2", "z3-t2-d2", "z1-p2-d2", "z3-p2-d2", "z3-p2v2-d2"]
+LAYOUTS += ["z3-t2s-p2", "z1-t4", "z1-p4"]
+LAYOUT_BATCH_SIZE = 16
+"""Sequences a step: two microbatches or more for each of four data ranks."""
 LIMIT_S = 600.0
 
 
@@ -59,8 +70,8 @@ def main() -> int:
     if arguments.command == "contender":
         return contend(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that run() ends what it started
-    names = arguments.only or LINE_UP
-    lines: dict[str, Line] = {name: Line() for name in (*names, "gemm@1")}
+    names = arguments.only or (LAYOUTS if arguments.layouts else LINE_UP)
+    lines: dict[str, Line] = {name: Line() for name in (*names, *([] if arguments.layouts else ["gemm@1"]))}
     for number in range(arguments.rounds):
         for name, line in lines.items():
             print(f"round {number + 1} of {arguments.rounds}: {name}", end="", file=sys.stderr, flush=True)
@@ -72,7 +83,10 @@ def main() -> int:
             peak = result["notes"].get("peak_flops")
             found = f"{peak / 1e9:.0f} GFLOP/s" if peak else f"{line.steps_s[-1] * 1e3:.0f} ms a step"
             print(f"  {found}", file=sys.stderr)
-    print(startup_table(lines) if arguments.startup else step_table(lines, Job()))
+    if arguments.layouts:
+        print(layouts_table(lines))
+    else:
+        print(startup_table(lines) if arguments.startup else step_table(lines, Job()))
     if arguments.json:
         report = {name: asdict(line) for name, line in lines.items()}
         arguments.json.write_text(
@@ -94,6 +108,8 @@ def parse() -> argparse.Namespace:
         "--only", type=lambda text: text.split(","), help=f"some of {','.join(LINE_UP)}, or any NAME@RANKS"
     )
     parser.add_argument("--startup", action="store_true", help="measure the way to the first step instead")
+    parser.add_argument("--layouts", action="store_true", help="our ZeRO stages and layouts instead")
+    parser.add_argument("--layout", default="", help="contender ours: its layout")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--launched-at", type=float, default=STARTED_AT, help="contender: seconds since the epoch")
     arguments = parser.parse_args()
@@ -110,7 +126,9 @@ def contend(arguments: argparse.Namespace) -> int:
     clock.mark("interpreter and launcher")
     from contenders import CONTENDERS
 
-    job = Job(ranks=arguments.ranks, num_warmup=arguments.warmup, num_steps=arguments.steps)
+    job = Job(ranks=arguments.ranks, num_warmup=arguments.warmup, num_steps=arguments.steps, layout=arguments.layout)
+    if job.layout:
+        job = replace(job, batch_size=LAYOUT_BATCH_SIZE)
     CONTENDERS[arguments.name](job, clock)
     if int(os.environ.get("RANK", "0")) == 0:
         text = json.dumps(asdict(clock) | {"name": arguments.name, "parameters": job.num_parameters})
@@ -122,14 +140,19 @@ def contend(arguments: argparse.Namespace) -> int:
 
 
 def launch(label: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs `NAME[+malloc]@RANKS` in fresh processes. Raises SystemExit with its last output where it fails."""
+    """Runs `NAME[+malloc]@RANKS`, or a layout, in fresh processes. Raises SystemExit with its last output where it
+    fails."""
     name, _, ranks = label.partition("@")
     name, _, malloc = name.partition("+")
     world = int(ranks or 1)
+    layout = ""
+    if arguments.layouts:
+        name, layout, world = "ours", label, parse_layout(label).world
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
         command = [str(Path(__file__)), "contender", name, f"--ranks={world}", f"--json={out}"]
         command += [f"--steps={arguments.steps}", f"--warmup={arguments.warmup}", f"--launched-at={time.time()}"]
+        command += [f"--layout={layout}"] if layout else []
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, arguments.threads // world)), "DS_ACCELERATOR": "cpu"}
         if name == "ours":
             code, output = run_as_our_launcher(command, world, environment)
@@ -226,6 +249,22 @@ def speed_ratio(ours: Line, others: list[Line]) -> str:
     fastest = [min(times) for times in zip(*(line.steps_s for line in others), strict=True)]
     ratios = [other / mine for mine, other in zip(ours.steps_s, fastest, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def layouts_table(lines: dict[str, Line]) -> str:
+    """Each layout's speed as a share of ZeRO-1 data parallel on the same number of ranks."""
+    rows = [f"{'layout':14}{'ranks':>6}{'ms a step':>24}{'tokens/s':>10}   speed of ZeRO-1 data parallel's"]
+    for name, line in lines.items():
+        layout = parse_layout(name)
+        reference = next(
+            (other for key, other in lines.items() if parse_layout(key) == Layout(zero=1, data=layout.world)), None
+        )
+        median = statistics.median(line.steps_s)
+        milliseconds = f"{median * 1e3:.0f} ({min(line.steps_s) * 1e3:.0f} to {max(line.steps_s) * 1e3:.0f})"
+        tokens = Job().sequence_length * LAYOUT_BATCH_SIZE / median
+        ratio = speed_ratio(line, [reference]) if reference else "-"
+        rows.append(f"{layout!s:14}{layout.world:>6}{milliseconds:>24}{tokens:>10.0f}   {ratio}")
+    return "\n".join(rows)
 
 
 def startup_table(lines: dict[str, Line]) -> str:
