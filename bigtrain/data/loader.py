@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from bigtrain.config.errors import UserError
-from bigtrain.data.order import Cursor, HeldOut, Order, Window
+from bigtrain.data.held_out import HeldOut
+from bigtrain.data.order import Cursor, Order, Window
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,11 @@ def batches(
     """The batches of every step from `start` on, without end.
 
     `num_workers` threads read ahead (0: read when asked); the batches are the same. Close the generator, or drop it, to
-    end the threads. Raises UserError at once for sizes that do not divide, or a cursor of other data.
+    end the threads. Raises at once UserError for sizes that do not divide, and ValueError for a cursor that `order` has
+    not gone on from.
     """
-    order.check(start)
+    if start != order.cursor(start.num_sequences):
+        raise ValueError("the order has not gone on from this cursor")
     _check_sizes(data_size, global_batch_size, micro_batch_size)
     if order.num_lanes % data_size:
         raise UserError(
@@ -84,7 +87,7 @@ def batches(
     def read(step: int) -> StepBatch:
         first = start.num_sequences + step * global_batch_size
         mine = range(first + data_rank, first + global_batch_size, data_size)
-        cursor = Cursor(first + global_batch_size, start.order)
+        cursor = order.cursor(first + global_batch_size)
         return StepBatch(_microbatches(order, mine, micro_batch_size), cursor, 0.0)
 
     return _inline(read) if num_workers == 0 else _ahead(read, num_workers)

@@ -15,7 +15,7 @@ from pathlib import Path
 import bigtrain.config
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, DataConfig, PrepareConfig, TokenizerConfig
-from bigtrain.data import build, order, readers, sides, tokenizer
+from bigtrain.data import build, held_out, order, readers, sides, tokenizer
 from bigtrain.data.progress import bar
 from bigtrain.data.shards import INDEX, Dataset
 from bigtrain.data.sides import Census
@@ -87,7 +87,7 @@ def check(config: Config) -> list[str]:
     training = order.training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=made)
     lines = [_summary("train", training.datasets)]
     if config.data.valid:
-        lines.append(_summary("valid", order.held_out(config.data, sequence_length=length, tokenizer=made).datasets))
+        lines.append(_summary("valid", held_out.held_out(config.data, sequence_length=length, tokenizer=made).datasets))
     return lines
 
 

@@ -148,6 +148,10 @@ class Dataset:
         parts = [documents["num_tokens"] for documents in self._documents]
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
+    def shards_of_documents(self) -> np.ndarray:
+        """int64[documents]: which shard each is in."""
+        return np.repeat(np.arange(len(self.index.shards)), [shard.num_documents for shard in self.index.shards])
+
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document, as a read-only view of the file (uint16 or uint32)."""
         shard, row = self._row_of(document)

@@ -20,6 +20,7 @@ UNCHANGING = [
     "run.dir",
     "dry_run",
     "data.num_workers",
+    "data.on_change",
     "parallel.gather",
     "train.recompute",
     "train.stop_after",
@@ -62,7 +63,8 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
         ):
             continue
         longer = key.path == "train.num_steps" and now > before and new.schedule.name == "constant"
-        if not longer:
+        mixture = key.path == "data.train" and new.data.on_change == "accept"
+        if not longer and not mixture:
             changed.append((key.path, before, now))
     return changed
 

@@ -45,7 +45,9 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
     if resume is not None:
         with console.phase(f"loading {resume}"):
             position = Position(*saver.load(engine, resume))
-            data.order.check(position.cursor)
+            accept = config.data.on_change == "accept"
+            if data.order.go_on_from(position.cursor, accept_change=accept):
+                console.note(f"data.train: another mixture from sequence {position.cursor.num_sequences:,} on")
     console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")
     if position.step >= last_step(config) and tells_of(run_dir, position.step):
         console.note(f"already finished: {position.step:,} steps")

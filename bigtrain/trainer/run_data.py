@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from bigtrain.config.schema import Config
 from bigtrain.data.baseline import unigram_cross_entropy
+from bigtrain.data.held_out import HeldOut, held_out
 from bigtrain.data.loader import StepBatch, batches, evaluation_batches
-from bigtrain.data.order import Cursor, HeldOut, Order, held_out, training_order
+from bigtrain.data.order import Cursor, Order, training_order
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.topology import Topology
 from bigtrain.trainer.evaluator import Evaluator

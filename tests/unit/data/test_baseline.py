@@ -9,7 +9,7 @@ import pytest
 
 from bigtrain.data import baseline
 from bigtrain.data.baseline import unigram_cross_entropy
-from bigtrain.data.order import HeldOut
+from bigtrain.data.held_out import HeldOut
 from bigtrain.data.shards import Dataset
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bigtrain.config.errors import UserError
+from bigtrain.data.held_out import HeldOut
 from bigtrain.data.loader import Microbatch, StepBatch, batches, evaluation_batches, microbatch
-from bigtrain.data.order import Cursor, HeldOut, Order, Window
+from bigtrain.data.order import Cursor, Order, Source, Window
 from bigtrain.data.shards import Dataset
 
 S, LANES, G = 48, 16, 16
@@ -19,7 +20,7 @@ S, LANES, G = 48, 16, 16
 
 @pytest.fixture(scope="module")
 def order(built: Path) -> Order:
-    return Order([(Dataset.open(built / "train"), 1.0)], seed=5, num_lanes=LANES, sequence_length=S)
+    return Order([Source(Dataset.open(built / "train"))], seed=5, num_lanes=LANES, sequence_length=S)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_the_global_batch_is_the_same_for_every_layout(
     for step, sequences in enumerate(expected):
         shares = [rank[step] for rank in ranks]
         assert all(len(share.microbatches) == G // data_size // micro_batch_size for share in shares)
-        assert {share.cursor for share in shares} == {Cursor((step + 1) * G, order.fingerprint)}
+        assert all(share.cursor == order.cursor((step + 1) * G) for share in shares)
         found = [row for share in shares for row in rows(share.microbatches)]
         assert sorted((tokens, targets) for tokens, targets, *_ in found) == sorted(
             (tuple(tokens[:-1].tolist()), tuple(tokens[1:].tolist())) for tokens in sequences
@@ -88,7 +89,7 @@ def test_another_layout_and_batch_size_go_on_where_the_first_stopped(order: Orde
 def test_masks_positions_and_documents_against_a_naive_reference(order: Order, valid: Dataset) -> None:
     bos = valid.index.bos_id
     single = set()
-    long = Order([(order.datasets[0], 1.0)], seed=5, num_lanes=LANES, sequence_length=4)
+    long = Order(order.sources, seed=5, num_lanes=LANES, sequence_length=4)
     for some in (order, long):
         for step in steps(some, 30):
             for micro in step.microbatches:
@@ -176,7 +177,7 @@ def data_threads() -> list[str]:
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_errors_come_through_at_their_step(order: Order, num_workers: int) -> None:
-    broken = Breaking([(order.datasets[0], 1.0)], seed=5, num_lanes=LANES, sequence_length=S)
+    broken = Breaking(order.sources, seed=5, num_lanes=LANES, sequence_length=S)
     stream = batches(
         broken, data_rank=0, data_size=1, global_batch_size=G, micro_batch_size=2, start=broken.start(),
         num_workers=num_workers,
@@ -195,7 +196,7 @@ def test_threads_read_ahead_a_bounded_number_of_steps_and_end(order: Order) -> N
             reads.append(number)
             return super().sequence(number)
 
-    counting = Counting([(order.datasets[0], 1.0)], seed=5, num_lanes=LANES, sequence_length=S)
+    counting = Counting(order.sources, seed=5, num_lanes=LANES, sequence_length=S)
     stream: Iterator[StepBatch] = batches(
         counting, data_rank=0, data_size=1, global_batch_size=G, micro_batch_size=2, start=counting.start(),
         num_workers=2,
@@ -226,5 +227,6 @@ def test_sizes_that_do_not_divide_are_refused_at_once(order: Order, sizes: dict[
 
 
 def test_a_cursor_of_other_data_is_refused_at_once(order: Order) -> None:
-    with pytest.raises(UserError, match="not those of the checkpoint"):
-        batches(order, data_rank=0, data_size=1, global_batch_size=G, micro_batch_size=2, start=Cursor(0, "something"))
+    start = Cursor(0, "something", order.mixture)
+    with pytest.raises(ValueError, match="not gone on from"):
+        batches(order, data_rank=0, data_size=1, global_batch_size=G, micro_batch_size=2, start=start)

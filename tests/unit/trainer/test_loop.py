@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 
 from bigtrain.config.schema import CheckpointConfig, Config, EvalConfig, OptimConfig, ScheduleConfig, TrainConfig
 from bigtrain.data.loader import StepBatch
+from bigtrain.data.mixture import Mixture, Stage
 from bigtrain.data.order import Cursor
 from bigtrain.engine.engine import LossSum
 from bigtrain.trainer.loop import Position, Throughput, due, fit, last_step, timed
 
+MIXTURE = Mixture([Stage(0, {"data": Fraction(1)})])
 CONFIG = Config(
     train=TrainConfig(num_steps=10, global_batch_size=4, sequence_length=8),
     optim=OptimConfig(lr=2.0),
@@ -69,14 +72,14 @@ def endless(start: int) -> Iterator[StepBatch]:
     step = start
     while True:
         step += 1
-        yield StepBatch((f"batch {step}",), Cursor(4 * step, "order"), 0.0)  # type: ignore[arg-type]
+        yield StepBatch((f"batch {step}",), Cursor(4 * step, "order", MIXTURE), 0.0)  # type: ignore[arg-type]
 
 
 def run(config: Config, *, start: int = 0, stop_at: int | None = None, evaluates: bool = True) -> tuple[Log, Position]:
     log: Any = Log(stop_at=stop_at)
     position = fit(
         config,
-        Position(start, Cursor(4 * start, "order")),
+        Position(start, Cursor(4 * start, "order", MIXTURE)),
         engine=log,
         batches=endless(start),
         evaluator=log if evaluates else None,
@@ -93,7 +96,7 @@ def test_a_run_evaluates_and_saves_when_due_and_at_the_end() -> None:
     assert log.steps("train") == list(range(1, 11))
     assert log.steps("eval") == [4, 8, 10]
     assert log.steps("save") == [3, 6, 9, 10]
-    assert position == Position(10, Cursor(40, "order"))
+    assert position == Position(10, Cursor(40, "order", MIXTURE))
 
 
 def test_what_is_saved_is_the_place_after_the_step() -> None:

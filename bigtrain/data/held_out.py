@@ -1,0 +1,65 @@
+"""The sequences of an evaluation: held-out documents, once through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from bigtrain.config.schema import DataConfig
+from bigtrain.data import shards
+from bigtrain.data.lanes import Piece
+from bigtrain.data.mixture import Pattern
+from bigtrain.data.order import Window, cut
+from bigtrain.data.shards import Dataset
+from bigtrain.data.tokenizer import Tokenizer
+
+
+class HeldOut:
+    """The held-out documents, once through, in a fixed order. The last window of a source is padded.
+
+    Several sources are interleaved evenly, so that the first sequences are a fair sample of all of them."""
+
+    def __init__(self, datasets: Sequence[Dataset], *, sequence_length: int, max_sequences: int | None = None) -> None:
+        """Keep the first `max_sequences` sequences; None: all."""
+        self.datasets = list(datasets)
+        self.sequence_length = sequence_length
+        self._ends = [np.cumsum(dataset.num_tokens_of_documents()) for dataset in self.datasets]
+        counts = [-(-(int(ends[-1]) - 1) // sequence_length) for ends in self._ends]
+        self._pattern = Pattern([Fraction(count) for count in counts])
+        self.num_sequences = min(sum(counts), max_sequences if max_sequences is not None else sum(counts))
+
+    def sequence(self, number: int) -> Window:
+        """Sequence `number`, below `num_sequences`."""
+        if not 0 <= number < self.num_sequences:
+            raise IndexError(f"sequence {number} of {self.num_sequences}")
+        source, own = self._pattern.locate(number)
+        ends, size = self._ends[source], self.sequence_length
+        start, stop = own * size, min(own * size + size + 1, int(ends[-1]))
+        pieces: list[Piece] = []
+        document = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            first = int(ends[document - 1]) if document else 0
+            end = min(stop, int(ends[document]))
+            pieces.append(Piece(source, document, start - first, end - start))
+            start, document = end, document + 1
+        return cut(self.datasets, pieces, size)
+
+    def predicted_tokens(self) -> np.ndarray:
+        """int64[n]: every token that the evaluation predicts: targets but padding and first tokens of documents."""
+        parts: list[np.ndarray] = []
+        for number in range(self.num_sequences):
+            window = self.sequence(number)
+            targets, starts = window.tokens[1 : window.num_tokens], window.starts[1 : window.num_tokens]
+            parts.append(targets[~starts])
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def held_out(
+    data: DataConfig, *, sequence_length: int, max_sequences: int | None = None, tokenizer: Tokenizer | None = None
+) -> HeldOut:
+    """The held-out sequences of data.valid, at most `max_sequences`. Raises UserError for data that are missing, of
+    another tokenizer, or too few."""
+    datasets = shards.open_all([source.path for source in data.valid], what="data.valid", tokenizer=tokenizer)
+    return HeldOut(datasets, sequence_length=sequence_length, max_sequences=max_sequences)

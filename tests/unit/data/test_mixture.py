@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from bigtrain.config.errors import UserError
+from bigtrain.data.mixture import Mixture, Stage
+from bigtrain.data.order import Cursor, Order, Source
+from bigtrain.data.shards import Dataset
+
+S, LANES = 64, 8
+
+
+@pytest.fixture(scope="module")
+def train(built: Path) -> Dataset:
+    return Dataset.open(built / "train")
+
+
+@pytest.fixture(scope="module")
+def valid(built: Path) -> Dataset:
+    return Dataset.open(built / "valid")
+
+
+def order(*sources: Source) -> Order:
+    return Order(sources, seed=1, num_lanes=LANES, sequence_length=S)
+
+
+def shares(mixture: Mixture, first: int, count: int) -> dict[str, float]:
+    counts = Counter(mixture.locate(number)[0] for number in range(first, first + count))
+    return {name: found / count for name, found in counts.items()}
+
+
+def test_observed_shares_are_those_asked_for() -> None:
+    weights = {"web": Fraction("0.7"), "code": Fraction("0.2"), "books": Fraction("0.07"), "poems": Fraction("0.03")}
+    found = shares(Mixture([Stage(0, weights)]), 0, 10_000)
+    for name, weight in weights.items():
+        assert found[name] == pytest.approx(float(weight), abs=0.001)
+
+
+def test_each_source_counts_on_through_the_stages() -> None:
+    """Also one that is left out for a while, and one that comes later."""
+    mixture = Mixture(
+        [
+            Stage(0, {"a": Fraction(1), "b": Fraction(1)}),
+            Stage(101, {"a": Fraction(0), "b": Fraction(3), "c": Fraction(1)}),
+            Stage(333, {"a": Fraction(2), "c": Fraction(1)}),
+        ]
+    )
+    seen: Counter[str] = Counter()
+    for number in range(1000):
+        assert mixture.consumed(number) == {name: seen[name] for name in mixture.consumed(number)}
+        name, own = mixture.locate(number)
+        assert own == seen[name]
+        seen[name] += 1
+    assert shares(mixture, 101, 232)["b"] == pytest.approx(0.75, abs=0.01)
+    assert shares(mixture, 333, 600) == {"a": pytest.approx(2 / 3), "c": pytest.approx(1 / 3)}
+
+
+def test_a_plan_of_weights_over_tokens(train: Dataset, valid: Dataset) -> None:
+    planned = order(Source(train, 3.0), Source(valid, 1.0, [(100 * S - 5, 3.0), (200 * S, 0.0)]))
+    sources = [planned.sequence(number).pieces[0].source for number in range(300)]
+    assert sources[:100].count(1) == 25
+    assert sources[100:200].count(1) == 50
+    assert sources[200:].count(1) == 0
+
+
+def test_a_change_in_the_middle_repeats_nothing(train: Dataset, valid: Dataset) -> None:
+    before, after = order(Source(train, 1.0)), order(Source(valid, 1.0), Source(train, 1.0))
+    cursor = Cursor.from_dict(json.loads(json.dumps(before.cursor(50).to_dict())))
+    with pytest.raises(UserError, match=r"is not the mixture of the checkpoint(.|\n)*data\.on_change=accept"):
+        after.go_on_from(cursor)
+    assert after.go_on_from(cursor, accept_change=True)
+    alone = [order(Source(valid)), order(Source(train))]
+    seen = [0, 50]
+    for number in range(50, 250):
+        pieces = after.pieces(number)
+        source = pieces[0].source
+        assert [p.document for p in pieces] == [p.document for p in alone[source].pieces(seen[source])]
+        seen[source] += 1
+    assert seen == [100, 150]
+    again = order(Source(valid, 1.0), Source(train, 1.0))
+    assert not again.go_on_from(after.cursor(120)), "the second stop finds nothing new"
+    assert [again.pieces(number) for number in range(120, 140)] == [after.pieces(number) for number in range(120, 140)]
+
+
+def test_a_source_that_is_gone_is_not_needed_any_more(train: Dataset, valid: Dataset) -> None:
+    both, one = order(Source(train), Source(valid)), order(Source(valid))
+    assert one.go_on_from(both.cursor(40), accept_change=True)
+    assert one.epochs(60)[str(valid.path)] == pytest.approx((20 + 20) * S / valid.index.num_tokens)
+    with pytest.raises(UserError, match=r"sequence 0 came from data .* does not name any more"):
+        one.pieces(0)
+
+
+def test_the_same_data_twice(train: Dataset) -> None:
+    with pytest.raises(UserError, match="hold the same data"):
+        order(Source(train), Source(train))
+
+
+def test_a_time_without_data(train: Dataset) -> None:
+    with pytest.raises(UserError, match="no source has a weight above 0 from token 640 on"):
+        order(Source(train, 1.0, [(640, 0.0)]))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [{"first": 1, "weights": {"a": "1"}}],
+        [{"first": 0, "weights": {"a": "1e99999999"}}],
+        [{"first": 0, "weights": {"a": "1"}}, {"first": 0, "weights": {"a": "1"}}],
+    ],
+)
+def test_what_is_no_mixture(values: list[dict[str, object]]) -> None:
+    with pytest.raises(ValueError):
+        Mixture.from_json(values)
