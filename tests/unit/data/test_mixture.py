@@ -91,8 +91,8 @@ def test_a_source_that_is_gone_is_not_needed_any_more(train: Dataset, valid: Dat
     both, one = order(Source(train), Source(valid)), order(Source(valid))
     assert one.go_on_from(both.cursor(40), accept_change=True)
     assert one.epochs(60)[str(valid.path)] == pytest.approx((20 + 20) * S / valid.index.num_tokens)
-    with pytest.raises(UserError, match=r"sequence 0 came from data .* does not name any more"):
-        one.pieces(0)
+    with pytest.raises(UserError, match=r"sequence 1 came from data .* does not name any more"):
+        one.pieces(1)
 
 
 def test_the_same_data_twice(train: Dataset) -> None:
