@@ -21,6 +21,7 @@ UNCHANGING = [
     "dry_run",
     "data.num_workers",
     "data.on_change",
+    "data.ledger",
     "parallel.gather",
     "train.recompute",
     "train.stop_after",
