@@ -82,8 +82,8 @@ def summary(certificate: Certificate) -> str:
 def require_writable(*paths: Path) -> None:
     """Makes the folders of these files. Raises UserError where one cannot be written."""
     for path in paths:
-        is_new = not path.exists()
         try:
+            is_new = not path.exists()
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a"):
                 pass
