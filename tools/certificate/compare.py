@@ -37,17 +37,24 @@ BOUNDS = {
     "fp32": Bounds(
         1e-5, 1e-5, 1e-3, 1e-5, None,
         "Adam turns the rounding of gradients near zero into whole steps, so later gradients and the weights agree "
-        "less than the loss; gradients are those of the first step.",
+        "less than the loss; gradients are those of the first step. Measured of the norm: 1e-7 in the first "
+        "step, 1e-5 in ten and 4e-4 in twenty.",
     ),
     "bf16": Bounds(
-        5e-3, 5e-2, 3e-1, 5e-2, None,
-        "A bf16 number has 8 bits, so a rounding is up to 0.4 %, and a gradient has gone through dozens of them. The "
-        "oracle stays in fp32.",
+        2e-3, 5e-3, 1.0, 5e-2, None,
+        "A bf16 number has 8 bits, so a rounding is up to 0.4 %, and a gradient has gone through dozens of them; the "
+        "oracle stays in fp32. Measured on two layouts: loss 5e-4, first step's norm 1.2e-3, its gradients 1.5e-2. "
+        "Adam turns rounding into whole steps, so the runs part: the norm by less than 1 % in ten steps and by up to "
+        "36 % in twenty, where it swings from step to step while the loss agrees. Its later bound shows gross faults "
+        "only.",
     ),
     "fp16": Bounds(
-        1e-3, 1e-2, 5e-2, 1e-2, None,
-        "An fp16 number has 11 bits, so a rounding is up to 0.05 %, and a gradient has gone through dozens of them. "
-        "The oracle stays in fp32.",
+        1e-3, 2e-4, 0.5, 1e-2, None,
+        "An fp16 number has 11 bits, so a rounding is up to 0.05 %, and a gradient has gone through dozens of them; "
+        "the oracle stays in fp32. Measured on two layouts: loss 1.7e-4, first norm 2.8e-5, first gradients 1.7e-3. "
+        "Adam turns rounding into whole steps, so the runs part: the norm by less than 1 % in ten steps and by up to "
+        "15 % in twenty, where it swings from step to step while the loss agrees. Its later bound shows gross faults "
+        "only.",
     ),
 }  # fmt: skip
 
