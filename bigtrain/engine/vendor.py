@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import warnings
@@ -18,5 +17,4 @@ def import_deepspeed(device: torch.device) -> Any:
         warnings.simplefilter("ignore")
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    gc.freeze()  # it collects garbage whenever it builds an engine; what is imported by now stays anyway
     return deepspeed
