@@ -86,7 +86,8 @@ class ParallelConfig:
     zero_stage: int = 3
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters sharded over data ranks."""
     gather: str = _choice("auto", "auto", "microbatch", "step")
-    """ZeRO-3: gather parameters for each microbatch (least memory) or keep them for the step (least traffic)."""
+    """ZeRO-3: gather parameters for each microbatch (least memory) or keep them for the step (least traffic). auto:
+    for the step, where they take no more than a quarter of the memory that the training state leaves free."""
 
 
 @dataclass(frozen=True)

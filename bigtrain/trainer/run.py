@@ -50,6 +50,8 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             accept = config.data.on_change == "accept"
             if data.order.go_on_from(position.cursor, accept_change=accept):
                 console.note(f"data.train: another mixture from sequence {position.cursor.num_sequences:,} on")
+    if config.parallel.zero_stage == 3:
+        console.note(f"weights are gathered once a {'step' if engine.keeps_gathered else 'microbatch'}")
     console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")
     if position.step >= last_step(config) and tells_of(run_dir, position.step):
         console.note(f"already finished: {position.step:,} steps")
