@@ -85,6 +85,11 @@ def packed_batch(seed: int, vocab_size: int, size: int, micro_size: int, length:
     ]
 
 
+def without_clipping(config: Config) -> Config:
+    """So that gradients are seen in the bits that they were summed in."""
+    return replace(config, train=replace(config.train, grad_clip=0.0))
+
+
 @dataclass(frozen=True)
 class Trained:
     """What one rank saw of a run."""
