@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,9 +26,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO
 
-from backports import zstd
-
 from bigtrain.config.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 MAX_DOCUMENT_BYTES = 1 << 30
 """A longer line or value is dropped: one without an end must not fill the memory, and a shard counts in 32 bits."""
