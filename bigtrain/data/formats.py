@@ -209,7 +209,9 @@ def _rows(path: str, field: str) -> Iterator[Piece]:
 
     size, row, used = os.path.getsize(path), 0, 0
     try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_SCAN_BYTES) as file:
+        with parquet.ParquetFile(
+            path, pre_buffer=False, buffer_size=_SCAN_BYTES, page_checksum_verification=True
+        ) as file:
             _check_column(file.schema_arrow, field)
             for group in range(file.num_row_groups):
                 rows = _rows_at_once(file.metadata.row_group(group), field)
