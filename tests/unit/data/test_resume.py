@@ -231,6 +231,22 @@ def test_a_folder_of_inputs_that_grew_or_shrank(
     assert content(tmp_path / "out") == content(tmp_path / "anew")
 
 
+def test_shards_of_more_inputs_are_not_used_for_fewer(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a commit stands at the very end of the fewer inputs, from the time before the others came."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "0.jsonl", make_texts(30))
+    stopped([str(folder)], tokenizer, tmp_path / "out", monkeypatch)
+    write_jsonl(folder / "1.jsonl", make_texts(30, seed=1))
+    stopped([str(folder)], tokenizer, tmp_path / "out", monkeypatch)
+    (folder / "1.jsonl").unlink()
+    run([str(folder)], tokenizer, tmp_path / "out")
+    run([str(folder)], tokenizer, tmp_path / "anew")
+    assert content(tmp_path / "out") == content(tmp_path / "anew")
+
+
 def test_a_file_that_cannot_be_read_can_be_repaired(
     corpus: list[str], tokenizer: Tokenizer, tmp_path: Path, expected: dict[str, str]
 ) -> None:
