@@ -9,9 +9,10 @@
 The same inputs, tokenizer and options give the same bytes, whatever the number of workers, and however often the build
 was killed: the same command goes on behind the last documents that were tokenised and the last shard that was written.
 
-Memory: of the corpus, about MEMORY bytes a document, in step 3. Beyond that at most 256 MiB of text is on its way to
-the workers, and a worker holds one shard's rows and one document; a document of n bytes takes about 5 n there, in rare
-scripts more. Disk: the tokens lie there twice until the end.
+Memory grows with the number of documents only: 34 bytes for each in step 3, and 24 of a mapped file, which the system
+may take back. Beyond that at most 256 MiB of text is on its way to the workers, or one longer document. Where a
+document has n bytes, the process that reads takes up to 3 n (6 n from parquet) and a worker up to 4 n, or 10 n where a
+character lies beyond U+FFFF. Disk: the tokens lie there twice until the end.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ def _check(options: BuildOptions, target: Path) -> None:
         raise UserError(f"seed is {options.seed}: at least 0")
     if options.shard_tokens < 1:
         raise UserError(f"shard_tokens is {options.shard_tokens}: at least 1")
+    if target.name in ("", ".."):
+        raise UserError(f"{target}: give the folder to make a name of its own")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         left = "".join(f" {folder} is left of a build of it, and can go too." for folder in claim.begun(target))
         raise UserError(f"{target} is already there. Remove it, or choose another folder.{left}")

@@ -22,7 +22,9 @@ from bigtrain.config.errors import UserError
 from bigtrain.data import inputs
 from bigtrain.data.formats import FORMATS, READ_ERRORS, Drop, format_of
 
-DOCUMENTS = "each line of .jsonl is a document, each file of text is one, and 128 or more above 256 KiB"
+DOCUMENTS = (
+    "each line of .jsonl and row of .parquet is a document, each file of text is one, and 128 or more above 256 KiB"
+)
 
 
 @dataclass

@@ -54,7 +54,7 @@ class Work:
         self.model.write_bytes(tokenizer.model)
         for torn in folder.glob("inputs-*"):
             shutil.rmtree(torn, ignore_errors=True)
-        write_whole(folder / claim.MANIFEST, json.dumps({"build": identity, "files": now}, indent=1) + "\n")
+        write_whole(folder / claim.MANIFEST, json.dumps({"build": identity, "files": now}) + "\n")
 
     @property
     def num_written(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import random
@@ -13,6 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from backports import zstd
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bigtrain.config.errors import UserError
 from bigtrain.data import formats, readers
@@ -196,6 +199,33 @@ def test_damage_is_an_error_that_names_the_file(tmp_path: Path, name: str, damag
         "Repair it, or leave it out (--exclude)."
     )
     assert "\n" not in said and len(said) < 400
+
+
+FUZZED = {name: pack(LINES[:3000]) for name, pack in LINE_FILES.items()} | {
+    name: pack(BOOK) for name, pack in TEXT_FILES.items()
+}
+
+
+@pytest.mark.parametrize("name", [*FUZZED, "x.parquet"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_is_in_a_file_it_is_read_or_refused(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    """Cut, flipped, grown: documents, drops with a reason, or the one error; never another, and it ends."""
+    path = tmp_path / name
+    if name == "x.parquet" and name not in FUZZED:
+        FUZZED[name] = write_parquet(path, TEXTS[:20], pyarrow.string(), compression="zstd").read_bytes()
+    raw = bytearray(FUZZED[name])
+    for _ in range(data.draw(st.integers(1, 4))):
+        start, stop = sorted(data.draw(st.tuples(st.integers(0, len(raw)), st.integers(0, len(raw)))))
+        stop = data.draw(st.sampled_from([stop, min(stop, start + 1), min(stop, start + 40)]))
+        raw[start:stop] = data.draw(st.binary(max_size=40))
+    path.write_bytes(raw)
+    try:
+        for record in readers.read_records([str(path)], "text"):
+            with contextlib.suppress(Drop):
+                assert readers.text_of(record, "text").encode().strip()
+    except UserError as error:
+        assert str(error).startswith(f"input {path}: ")
 
 
 @pytest.mark.parametrize(
