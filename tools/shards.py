@@ -20,14 +20,19 @@ from bigtrain.data.workers import default_workers
 
 EXAMPLES = """examples:
   python tools/shards.py build corpus/ --tokenizer corpus.model --out data/corpus
-  python tools/shards.py build 'web/*.jsonl.gz' --field body --held-out 0.01 --tokenizer t.model --out data/web
+  python tools/shards.py build 'web/*.jsonl.zst' --field body --held-out 0.01 --tokenizer t.model --out data/web
+  python tools/shards.py build 's3://bucket/web/*.parquet' https://host/a.jsonl.gz --tokenizer t.model --out data/two
   python tools/shards.py inspect data/corpus
   python tools/shards.py verify data/corpus
   python -m bigtrain.launch data=shards data.prepare.out=data/corpus        # train on them
 
-Files ending in .jsonl and .jsonl.gz hold a document a line, any other file is one document, or above 256 KiB many, cut
-at blank lines. OUT gets train/ and valid/, each a folder of WebDataset tars with an index. The hash of a document's
-text decides on which side it is."""
+The end of a file's name tells what is in it. .jsonl: a document a line. .parquet: a document a row. Any other file is
+text: one document, or above 256 KiB many, cut at blank lines. .jsonl and .txt may be packed: .gz or .zst (.json.gz and
+.json.zst are lines, too). OUT gets train/ and valid/, each a folder of WebDataset tars with an index. The hash of a
+document's text decides on which side it is.
+
+A build that was stopped or killed leaves a hidden folder beside OUT. The same command goes on with it, and the result
+is the same, byte for byte."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; a build goes on where it was when the same command is given again", file=sys.stderr)
+        return 130
 
 
 def build_command(options: argparse.Namespace) -> int:
@@ -52,6 +60,8 @@ def build_command(options: argparse.Namespace) -> int:
         tokenizer=Tokenizer.load(options.tokenizer),
         out=options.out,
         num_workers=options.workers,
+        fresh=options.fresh,
+        say=lambda line: print(line, flush=True),
     )
     for line in report.lines():
         print(f"{options.out}: {line}")
@@ -108,10 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="build | inspect | verify")
 
     command = commands.add_parser("build", help="text -> OUT/train and OUT/valid")
-    command.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or quoted glob of text or JSON lines")
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder, URL, or quoted glob of them")
     command.add_argument("--tokenizer", required=True, metavar="FILE", help="sentencepiece model (tools/tokenizer.py)")
     command.add_argument("--out", required=True, metavar="DIR", help="folder to make; it must not be there")
-    command.add_argument("--field", default="text", help="key of the text in JSON lines (text)")
+    command.add_argument(
+        "--field", default="text", help="key in JSON lines or column in parquet that holds the text (text)"
+    )
     command.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="paths to leave out")
     command.add_argument("--held-out", type=float, default=0.05, help="share of documents for valid/ (0.05)")
     command.add_argument("--seed", type=int, default=0, help="of the shuffle (0)")
@@ -119,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-tokens", type=int, default=SHARD_TOKENS, help=f"tokens after which a shard ends ({SHARD_TOKENS:,})"
     )
     command.add_argument("--workers", type=int, default=default_workers(), help="processes; 0: this one (all cores)")
+    command.add_argument("--fresh", action="store_true", help="discard what builds of OUT left that were stopped")
     command.set_defaults(run=build_command)
 
     command = commands.add_parser("inspect", help="what is there, and the first document as text")

@@ -184,11 +184,12 @@ class PrepareConfig:
     """Text that `bigtrain.launch` turns into a tokenizer and shards first, where they are not there yet."""
 
     inputs: list[str] = field(default_factory=list[str])
-    """Files, folders or globs of text and JSON lines; empty: nothing is prepared, data.train must be there."""
+    """Files, folders, globs or URLs of text, JSON lines and parquet (tools/shards.py --help tells the kinds by their
+    names); empty: nothing is prepared, data.train must be there."""
     exclude: list[str] = field(default_factory=list[str])
     """Patterns of paths that are left out; * matches / too, and a relative pattern matches at any depth."""
     json_field: str = "text"
-    """Of JSON lines: the key that holds the text."""
+    """Key in JSON lines, or column in parquet, that holds the text."""
     out: str = ""
     """Folder that gets train/ and valid/."""
     held_out: float = 0.05

@@ -1,50 +1,46 @@
 """Text -> a folder with train/ and valid/ shard sets.
 
-1. Read the inputs one after the other, cut them into batches of documents, and tokenise the batches in many processes.
-   The tokens go, in the order of the inputs, into a scratch file (the spool): memory holds a row of numbers a document.
+1. Read the inputs one after the other, cut them into batches of documents, and tokenise the batches in many processes
+   (`tokenising`). The tokens go, in the order of the inputs, into scratch files (`spool`).
 2. `sides` tells from the texts which documents are valid/.
-3. Each side is shuffled as a whole by `seed`, cut into shards, and the shards are written in parallel.
-4. All of it happens in a folder beside the wanted one, which takes its name at the very end, in one step.
+3. Each side is shuffled as a whole by `seed`, cut into shards, and the shards are written in parallel (`writing`).
+4. All of it happens in a folder beside the wanted one (`claim`), which gives it its name at the very end, in one step.
 
-The same inputs, tokenizer and options give the same bytes, whatever the number of workers.
+The same inputs, tokenizer and options give the same bytes, whatever the number of workers, and however often the build
+was killed: the same command goes on behind the last documents that were tokenised and the last shard that was written.
+
+Memory grows with the number of documents only: 34 bytes for each in step 3, and 24 of a mapped file, which the system
+may take back. Beyond that at most 256 MiB of text is on its way to the workers, or one longer document. Where a
+document has n bytes, the process that reads takes up to 3 n (6 n from parquet) and a worker up to 4 n, or 10 n where a
+character lies beyond U+FFFF. Disk: the tokens lie there twice until the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bigtrain.config.errors import UserError
-from bigtrain.data import readers, shards, sides
-from bigtrain.data.progress import bar
-from bigtrain.data.readers import Drop, Drops, Record
-from bigtrain.data.shards import DOCUMENT_DTYPE, INDEX, TOKENIZER, Index, Shard
-from bigtrain.data.sides import Census
+from bigtrain.data import claim, inputs, readers, sides, writing
+from bigtrain.data.journal import sync
+from bigtrain.data.readers import Drops
+from bigtrain.data.shards import Index
+from bigtrain.data.tokenising import Recipe, tokenize_all
 from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.work import Work
 from bigtrain.data.workers import Workers
 
 SHARD_TOKENS = 50_000_000
-_BATCH_BYTES, _BATCH_RECORDS = 1 << 20, 1000
-_SPOOLED_DTYPE = np.dtype(
-    [
-        ("tokens_at", "<u8"),  # offset in the spool, bytes; the metadata follow the tokens
-        ("num_tokens", "<u4"),
-        ("metadata_bytes", "<u4"),
-        ("hash", "<u8"),  # of the text
-    ]
-)
+_VERSION = 1
+"""Of what lies in the working folder and how bytes are made from it: raise it, and nothing older is gone on with."""
+_GOES_ON = "What is done is kept: the same command goes on with it."
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -52,17 +48,24 @@ class BuildOptions:
     """What to build from. All of it is kept in index.json."""
 
     inputs: Sequence[str]
-    """Files, folders or globs."""
+    """Files, folders, globs or URLs."""
     exclude: Sequence[str] = ()
     """Patterns of paths to leave out."""
     field: str = "text"
-    """Of JSON lines: the key that holds the text."""
+    """Key of JSON lines, or column of parquet, that holds the text."""
     held_out: float = 0.05
     """Share of the documents that goes to valid/."""
     seed: int = 0
     """Of the shuffle."""
     shard_tokens: int = SHARD_TOKENS
     """Tokens after which a new shard begins."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without what is secret in a URL."""
+        made = dataclasses.asdict(self)
+        made["inputs"] = [inputs.without_secrets(name) for name in self.inputs]
+        made["exclude"] = list(self.exclude)
+        return made
 
 
 @dataclass(frozen=True)
@@ -90,32 +93,35 @@ def build(
     num_workers: int,
     num_lanes: int = 1,
     progress: bool = True,
+    fresh: bool = False,
+    say: Say = lambda line: None,
 ) -> BuildReport:
     """Build OUT/train and OUT/valid (no valid/ where held_out is 0). `num_workers` 0 tokenises in this process.
 
-    Raises UserError where OUT has something in it already, an input names nothing, train/ gets fewer documents than
+    Goes on with what a build of the same inputs, options and tokenizer left, and says so in a line through `say`;
+    `fresh` discards that, and what builds with other options left. Raises claim.Busy where another process builds OUT;
+    UserError where OUT has something in it already, an input names nothing, train/ gets fewer documents than
     `num_lanes`, or valid/ none.
     """
     target = Path(out)
     _check(options, target)
     files = readers.find_files(options.inputs, options.exclude)
-    aside = target.parent / f".{target.name}.building-{uuid.uuid4().hex[:8]}"
+    identity = {"version": _VERSION, "tokenizer": tokenizer.fingerprint, **options.to_dict()}
+    folder = claim.folder_of(target, identity)
     try:
-        aside.mkdir(parents=True)
-        (aside / TOKENIZER).write_bytes(tokenizer.model)
-        with Workers(num_workers) as workers:
-            spool = _tokenize_all(files, options, tokenizer, aside, workers, progress)
-            splits = _split(spool, options, num_lanes)
-            report = _write_splits(splits, spool, options, tokenizer, aside, workers, progress)
-        for scratch in (spool.path, aside / TOKENIZER):
-            scratch.unlink()
-        os.replace(aside, target)
-    except BrokenProcessPool as error:
-        raise UserError("a worker process was killed; out of memory? Try fewer workers.") from error
+        with claim.locked(target):
+            _check(options, target)  # another build may have been faster
+            _tidy(target, folder, fresh, say)
+            with Work(folder, identity, files, inputs.stat(files), tokenizer) as work, _told(work, target):
+                _announce(work, target, say)
+                with Workers(num_workers) as workers:
+                    report = _run(work, files, options, tokenizer, num_lanes, workers, progress)
+                os.replace(work.out, target)
+                sync(target.parent)
+            for begun in claim.begun(target):
+                claim.discard(begun)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        raise _cannot_write(error, target) from error
     return report
 
 
@@ -125,85 +131,65 @@ def _check(options: BuildOptions, target: Path) -> None:
         raise UserError(f"seed is {options.seed}: at least 0")
     if options.shard_tokens < 1:
         raise UserError(f"shard_tokens is {options.shard_tokens}: at least 1")
+    if target.name in ("", ".."):
+        raise UserError(f"{target}: give the folder to make a name of its own")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is already there. Remove it, or choose another folder.")
+        left = "".join(f" {folder} is left of a build of it, and can go too." for folder in claim.begun(target))
+        raise UserError(f"{target} is already there. Remove it, or choose another folder.{left}")
 
 
-# Documents -> tokens in the spool ----------------------------------------------------------------------------------
+def _tidy(target: Path, folder: Path, fresh: bool, say: Say) -> None:
+    """Discard what was begun where `fresh`; else tell of what was begun with other options."""
+    for begun in claim.begun(target):
+        if fresh:
+            claim.discard(begun)
+        elif begun != folder:
+            say(f"{target}: {begun} was begun with other options; it is not used, and goes when this build is done")
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Documents to tokenise, with all that a process needs to do it."""
-
-    records: list[Record]
-    field: str
-    tokenizer: str
-    """Path of the model file."""
-    fingerprint: str
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(record.num_bytes for record in self.records)
+def _announce(work: Work, target: Path, say: Say) -> None:
+    """Say what this build goes on with."""
+    spool, begun = work.spool, f"{target}: goes on with a build that was stopped"
+    reason = f"; {work.changed_input} and what follows is read again, for it has changed" if work.changed_input else ""
+    if work.num_written:
+        say(f"{begun}: all {spool.num_documents:,} documents are tokenised, {work.num_written:,} shards are written")
+    elif spool.has_commits or work.changed_input:
+        done = spool.bytes_read / max(work.total_bytes, 1)
+        say(f"{begun}: {spool.num_documents:,} documents are tokenised ({done:.0%} of the inputs){reason}")
 
 
-@dataclass(frozen=True)
-class _Tokenized:
-    """What became of a batch: the bytes of the spool and a row a document. Offsets are from the batch's beginning."""
-
-    content: bytes
-    documents: np.ndarray
-    dropped: Drops
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class _Spool:
-    path: Path
-    documents: np.ndarray
-    """_SPOOLED_DTYPE, in the order of the inputs."""
-    dropped: Drops
-
-
-def _batches(records: Iterable[Record], make: Callable[[list[Record]], _Batch]) -> Iterator[_Batch]:
-    batch: list[Record] = []
-    size = 0
-    for record in records:
-        batch.append(record)
-        size += len(record.raw)
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_RECORDS:
-            yield make(batch)
-            batch, size = [], 0
-    if batch:
-        yield make(batch)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
-    """The fingerprint keeps the cache honest where a path is used again."""
-    return Tokenizer.load(path)
-
-
-def _tokenize(batch: _Batch) -> _Tokenized:
-    """Runs in a worker."""
-    tokenizer = _tokenizer(batch.tokenizer, batch.fingerprint)
-    dtype = token_dtype(tokenizer.vocab_size)
-    content = io.BytesIO()
-    rows: list[tuple[int, int, int, int]] = []
-    dropped = Drops()
-    for record in batch.records:
-        try:
-            text = readers.text_of(record, batch.field)
-        except Drop as reason:
-            dropped.add(str(reason), record.source)
-            continue
-        encoded = text.encode()
-        tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype)
-        metadata = json.dumps({"source": record.source, "text_bytes": len(encoded)}).encode()
-        rows.append((content.tell(), len(tokens), len(metadata), sides.hash_of(encoded)))
-        content.write(tokens.tobytes())
-        content.write(metadata)
-    return _Tokenized(content.getvalue(), np.array(rows, _SPOOLED_DTYPE), dropped, batch.num_bytes)
+def _run(
+    work: Work,
+    files: Sequence[str],
+    options: BuildOptions,
+    tokenizer: Tokenizer,
+    num_lanes: int,
+    workers: Workers,
+    progress: bool,
+) -> BuildReport:
+    spool, dtype = work.spool, token_dtype(tokenizer.vocab_size)
+    recipe = Recipe(options.field, str(work.model), tokenizer.fingerprint, dtype)
+    tokenize_all(files, recipe, spool, workers, total_bytes=work.total_bytes, progress=progress)
+    try:
+        splits = writing.plan(
+            spool,
+            held_out=options.held_out,
+            seed=options.seed,
+            shard_tokens=options.shard_tokens,
+            num_lanes=num_lanes,
+        )
+    except UserError:  # the same inputs would give the same error: nothing to go on with
+        claim.discard(work.folder)
+        raise
+    writing.write_shards(splits, spool, dtype, work.out, work.written, workers, progress)
+    made, counts = options.to_dict(), dict(sorted(spool.dropped.counts.items()))
+    indexes: dict[str, Index] = {}
+    for split in splits:
+        folder = work.out / split.name
+        indexes[split.name] = writing.write_index(
+            split, work.written, folder, tokenizer, dtype, made=made, dropped=counts
+        )
+    return BuildReport(indexes, spool.dropped)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -211,156 +197,20 @@ def token_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-def _tokenize_all(
-    files: Sequence[str], options: BuildOptions, tokenizer: Tokenizer, aside: Path, workers: Workers, progress: bool
-) -> _Spool:
-    def batch(records: list[Record]) -> _Batch:
-        return _Batch(records, options.field, str(aside / TOKENIZER), tokenizer.fingerprint)
-
-    parts: list[np.ndarray] = []
-    dropped = Drops()
-    path, total = aside / "spool", readers.total_bytes(files)
-    with path.open("wb") as spool, bar("tokenising", total, in_bytes=True, shown=progress) as advance:
-        for part in workers.map(_tokenize, _batches(readers.read_records(files), batch)):
-            part.documents["tokens_at"] += np.uint64(spool.tell())
-            spool.write(part.content)
-            parts.append(part.documents)
-            dropped.update(part.dropped)
-            advance(part.num_bytes)
-    documents = np.concatenate(parts) if parts else np.zeros(0, _SPOOLED_DTYPE)
-    return _Spool(path, documents, dropped)
-
-
-# The spool -> shards -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _ShardPlan:
-    """Which documents go into one tar."""
-
-    spool: Path
-    folder: Path
-    number: int
-    first_document: int
-    documents: np.ndarray
-    dtype: str
-
-
-def _split(spool: _Spool, options: BuildOptions, num_lanes: int) -> dict[str, np.ndarray]:
-    """The documents of each split. Raises UserError where they are too few."""
-    held_out = sides.held_out(spool.documents["hash"], options.held_out)
-    splits = {"train": spool.documents[~held_out], "valid": spool.documents[held_out]}
-    census = Census(len(splits["train"]), len(splits["valid"]), spool.dropped)
-    census.check(options.held_out, num_lanes=num_lanes)
-    return splits if options.held_out else {"train": splits["train"]}
-
-
-def _write_splits(
-    splits: dict[str, np.ndarray],
-    spool: _Spool,
-    options: BuildOptions,
-    tokenizer: Tokenizer,
-    out: Path,
-    workers: Workers,
-    progress: bool,
-) -> BuildReport:
-    plans: list[_ShardPlan] = []
-    for split, documents in splits.items():
-        (out / split).mkdir()
-        plans += _plan_shards(spool.path, out / split, _shuffled(documents, options.seed), options, tokenizer)
-
-    written: dict[str, list[Shard]] = {split: [] for split in splits}
-    with bar("writing shards", len(spool.documents), shown=progress) as advance:
-        for plan, shard in zip(plans, workers.map(_write_shard, plans), strict=True):
-            written[plan.folder.name].append(shard)
-            advance(shard.num_documents)
-    dropped = dict(sorted(spool.dropped.counts.items()))
-    indexes = {split: _finish(out / split, written[split], options, tokenizer, dropped) for split in splits}
-    return BuildReport(indexes, spool.dropped)
-
-
-def _shuffled(documents: np.ndarray, seed: int) -> np.ndarray:
-    """In an order that depends on the seed and the number of documents only. Raw draws, because numpy promises to keep
-    those of a bit generator, and not what `permutation` makes of them."""
-    draws = np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(documents))
-    return documents[np.argsort(draws, kind="stable")]
-
-
-def _plan_shards(
-    spool: Path, folder: Path, documents: np.ndarray, options: BuildOptions, tokenizer: Tokenizer
-) -> Iterator[_ShardPlan]:
-    before = np.cumsum(documents["num_tokens"], dtype=np.int64) - documents["num_tokens"]
-    _, firsts = np.unique(before // options.shard_tokens, return_index=True)
-    for number, (first, stop) in enumerate(zip(firsts, [*firsts[1:], len(documents)], strict=True)):
-        dtype = token_dtype(tokenizer.vocab_size)
-        yield _ShardPlan(spool, folder, number, int(first), documents[first:stop], dtype)
-
-
-def _write_shard(plan: _ShardPlan) -> Shard:
-    """Runs in a worker: write one tar and its index, and read the tar back for it."""
-    from webdataset.writer import TarWriter  # imports torch: seconds, and only here
-
-    tar = plan.folder / f"shard-{plan.number:06d}.tar"
-    spool = np.memmap(plan.spool, np.uint8, "r")
-    width = np.dtype(plan.dtype).itemsize
-    with tar.open("wb") as file:
-        # No time, user or host in the tar: the same data give the same bytes.
-        writer = TarWriter(file, user="", group="", mtime=0, encoder=False)
-        for number, row in enumerate(plan.documents, start=plan.first_document):
-            start, size = int(row["tokens_at"]), int(row["num_tokens"]) * width
-            raw = spool[start : start + size + int(row["metadata_bytes"])]
-            npy = io.BytesIO()
-            np.lib.format.write_array(npy, raw[:size].view(plan.dtype), version=(1, 0), allow_pickle=False)
-            key = f"{number:09d}-{int(row['hash']):016x}"
-            writer.write({"__key__": key, "json": raw[size:].tobytes(), "tokens.npy": npy.getvalue()})
-        writer.close()
-    documents = np.array([row for _, row in shards.scan_tar(tar, plan.dtype)], DOCUMENT_DTYPE)
-    documents_file = tar.with_suffix(".idx.npy")
-    np.save(documents_file, documents, allow_pickle=False)
-    for path in (tar, documents_file):
-        _sync(path)
-    return Shard(
-        file=tar.name,
-        documents_file=documents_file.name,
-        num_documents=len(documents),
-        num_tokens=int(documents["num_tokens"].sum(dtype=np.int64)),
-        text_bytes=int(documents["text_bytes"].sum(dtype=np.int64)),
-        size_bytes=tar.stat().st_size,
-        sha256=shards.sha256_of(tar),
-        documents_sha256=shards.sha256_of(documents_file),
-    )
-
-
-def _finish(
-    folder: Path, written: list[Shard], options: BuildOptions, tokenizer: Tokenizer, dropped: dict[str, int]
-) -> Index:
-    """Write tokenizer.model and, last, index.json."""
-    (folder / TOKENIZER).write_bytes(tokenizer.model)
-    made: dict[str, Any] = {"split": folder.name, **dataclasses.asdict(options)}
-    made["inputs"], made["exclude"] = list(options.inputs), list(options.exclude)
-    index = Index(
-        num_documents=sum(shard.num_documents for shard in written),
-        num_tokens=sum(shard.num_tokens for shard in written),
-        text_bytes=sum(shard.text_bytes for shard in written),
-        vocab_size=tokenizer.vocab_size,
-        dtype=token_dtype(tokenizer.vocab_size),
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        tokenizer=tokenizer.fingerprint,
-        made=made,
-        dropped=dropped,
-        shards=tuple(written),
-    )
-    (folder / INDEX).write_text(index.to_json(), encoding="utf-8")
-    for path in (folder / TOKENIZER, folder / INDEX, folder):
-        _sync(path)
-    return index
-
-
-def _sync(path: Path) -> None:
-    """To the disk, so that a crash after the renaming leaves no hole under the final name."""
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def _told(work: Work, target: Path) -> Iterator[None]:
+    """Errors as the user sees them: with what is kept."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except (UserError, OSError, BrokenProcessPool) as error:
+        told = UserError(str(error))
+        if isinstance(error, BrokenProcessPool):
+            told = UserError("a worker process was killed; out of memory? Try fewer workers.")
+        elif isinstance(error, OSError):
+            told = _cannot_write(error, target)
+        kept = work.spool.has_commits and work.folder.exists()
+        raise UserError(f"{told} {_GOES_ON}" if kept else str(told)) from error
+
+
+def _cannot_write(error: OSError, target: Path) -> UserError:
+    return UserError(f"cannot write {error.filename or target}: {error.strerror or error}.")

@@ -9,13 +9,14 @@ The tokenizer and the shards may serve many runs, so nothing of one run (its see
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import bigtrain.config
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, DataConfig, PrepareConfig, TokenizerConfig
-from bigtrain.data import build, held_out, order, readers, sides, tokenizer
+from bigtrain.data import build, claim, held_out, inputs, order, readers, sides, tokenizer
 from bigtrain.data.progress import bar
 from bigtrain.data.shards import INDEX, Dataset
 from bigtrain.data.sides import Census
@@ -23,6 +24,7 @@ from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.workers import default_workers
 
 Say = Callable[[str], None]
+_POLL_S = 1.0
 
 
 def prepare(
@@ -58,17 +60,36 @@ def prepare(
         seed=seed,
     )
     workers = default_workers() if num_workers is None else num_workers
-    try:
-        report = build.build(
-            options, tokenizer=made, out=out, num_workers=workers, num_lanes=num_lanes, progress=progress
-        )
-    except UserError:
-        if not (out / "train" / INDEX).exists():
-            raise
-        _check_shards(out, wanted, made, say)  # another launch was faster
+    report = _build_or_wait(
+        out,
+        lambda: build.build(
+            options, tokenizer=made, out=out, num_workers=workers, num_lanes=num_lanes, progress=progress, say=say
+        ),
+        say,
+    )
+    if report is None:
+        _check_shards(out, wanted, made, say)
         return
     for line in report.lines():
         say(f"built {out}: {line}")
+
+
+def _build_or_wait(out: Path, begin: Callable[[], build.BuildReport], say: Say) -> build.BuildReport | None:
+    """What `begin` built; None where another launch has built it, which this one waits for."""
+    waited = False
+    while True:
+        try:
+            return begin()
+        except claim.Busy as error:
+            if not waited:
+                say(f"waiting: {error}")
+            waited = True
+        except UserError:
+            if not (out / "train" / INDEX).exists():
+                raise
+        if (out / "train" / INDEX).exists():
+            return None
+        time.sleep(_POLL_S)
 
 
 def check(config: Config) -> list[str]:
@@ -138,7 +159,7 @@ def training_texts(
 
 
 def _texts(files: list[str], field: str, dropped: readers.Drops, advance: Callable[[int], None]) -> Iterable[str]:
-    for record in readers.read_records(files):
+    for record in readers.read_records(files, field):
         advance(record.num_bytes)
         try:
             yield readers.text_of(record, field)
@@ -156,7 +177,7 @@ def _check_shards(out: Path, wanted: PrepareConfig, made: Tokenizer, say: Say) -
             "Remove the folder to build it again, or set another data.prepare.out."
         )
     asked = {
-        "inputs": list(wanted.inputs),
+        "inputs": [inputs.without_secrets(name) for name in wanted.inputs],
         "exclude": list(wanted.exclude),
         "field": wanted.json_field,
         "held_out": wanted.held_out,

@@ -1,39 +1,30 @@
-"""Files of text -> documents.
+"""Files, folders, globs and URLs -> documents, in one order.
 
-A format is two functions. `records` runs in the one process that reads and only cuts the file into raw pieces; `text`
-runs in the many processes that tokenise and turns a raw piece into the document's text, or says why it is dropped. A
-new format is one more row in `FORMATS`.
-
-Plain text is one document a file, up to 256 KiB. A larger file, such as a whole corpus in one, is cut into documents of
-1/128 of the file, at most 64 KiB: after the last blank line of the second half of each, else after its last line end,
-space or character. Joined they are the file again. A file that is not UTF-8 somewhere is dropped as a whole.
+`find_files` names the files, `read_records` cuts them into raw documents in one process, and `text_of` gives the text
+of one in any process, or says why it is dropped. How each kind of file is read: `formats`. What is not on this machine
+is downloaded file by file (`inputs`).
 """
 
 from __future__ import annotations
 
-import codecs
 import fnmatch
 import glob
-import gzip
-import json
+import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from bigtrain.config.errors import UserError
+from bigtrain.data import inputs
+from bigtrain.data.formats import FORMATS, READ_ERRORS, Drop, format_of
 
-_LARGE_BYTES = 256 << 10
-_MAX_PIECE_BYTES = 64 << 10
-_PIECES = 128
-_BOUNDARIES = (b"\n\n", b"\n\r\n", b"\n", b" ")
-"""Where a large file of text is cut, the best first."""
-DOCUMENTS = "each line of .jsonl is a document, each file of text is one, and 128 or more above 256 KiB"
-
-
-class Drop(Exception):
-    """This document is left out; the message is the reason under which it is counted."""
+DOCUMENTS = (
+    "each line of .jsonl and row of .parquet is a document, each file of text is one, and 128 or more above 256 KiB"
+)
 
 
 @dataclass
@@ -61,136 +52,42 @@ class Drops:
         return ", ".join(reasons) + hint * any(name.startswith("no field") for name in self.counts)
 
 
+class Position(NamedTuple):
+    """A place in a list of input files: behind the first `records` documents of file number `file`."""
+
+    file: int = 0
+    records: int = 0
+
+
+START = Position()
+
+
 @dataclass(frozen=True)
 class Record:
     """One document as it lies in its file."""
 
     source: str
-    """The file, as it was named, and where it has many documents ``:`` and the line that this one begins on."""
-    raw: bytes
+    """The file, as it was named, and where it has many documents ``:`` and the line or row (from 1) of this one."""
+    raw: bytes | Drop
+    """The document, or why there is none."""
     format: str
     """Key of `FORMATS`."""
     num_bytes: int
     """Bytes of the file that reading this record used up: what a progress bar counts."""
+    end: Position
+    """Behind this record."""
 
 
-@dataclass(frozen=True)
-class Format:
-    records: Callable[[str], Iterator[tuple[str, bytes, int]]]
-    """path -> (source, raw, bytes of the file used up) for each document."""
-    text: Callable[[bytes, str], str]
-    """(raw, field) -> the text. Raises Drop."""
+def find_files(names: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
+    """The files of files, folders, globs and URLs, in the order given, each once.
 
-
-def _text_file(path: str) -> Iterator[tuple[str, bytes, int]]:
-    size = os.path.getsize(path)
-    if size <= _LARGE_BYTES:
-        yield path, Path(path).read_bytes(), size
-    elif (bad := _first_undecodable(path)) is not None:
-        yield path, bad, size
-    else:
-        line = 1
-        for raw in _pieces(path, min(_MAX_PIECE_BYTES, size // _PIECES)):
-            yield f"{path}:{line}", raw, len(raw)
-            line += raw.count(b"\n")
-
-
-def _first_undecodable(path: str) -> bytes | None:
-    """Bytes of the file that are not UTF-8; None where all are."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        try:
-            while block := file.read(1 << 20):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            return error.object
-    return None
-
-
-def _pieces(path: str, limit: int) -> Iterator[bytes]:
-    """The file in pieces of at most `limit` bytes."""
-    rest = b""
-    with open(path, "rb") as file:
-        while block := rest + file.read(limit - len(rest)):
-            end = len(block) if len(block) < limit else _end_of_piece(block)
-            yield block[:end]
-            rest = block[end:]
-
-
-def _end_of_piece(block: bytes) -> int:
-    for boundary in _BOUNDARIES:
-        place = block.rfind(boundary, len(block) // 2)
-        if place >= 0:
-            return place + len(boundary)
-    end = len(block) - 1
-    while block[end] & 0xC0 == 0x80:  # inside a character
-        end -= 1
-    return end
-
-
-def _lines(path: str) -> Iterator[tuple[str, bytes, int]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            yield f"{path}:{number}", line, len(line)
-
-
-def _gzip_lines(path: str) -> Iterator[tuple[str, bytes, int]]:
-    with open(path, "rb") as packed, gzip.open(packed, "rb") as file:
-        position = 0
-        for number, line in enumerate(file, start=1):
-            position, before = packed.tell(), position
-            yield f"{path}:{number}", line, position - before
-
-
-def _plain_text(raw: bytes, field: str) -> str:
-    return _decoded(raw)
-
-
-def _json_field(raw: bytes, field: str) -> str:
-    line = _decoded(raw)
-    if not line.strip():
-        raise Drop("empty")
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Drop("not JSON") from error
-    if not isinstance(value, dict) or field not in value:
-        raise Drop(f"no field {field!r}")
-    if not isinstance(value[field], str):
-        raise Drop(f"field {field!r} is not text")
-    return value[field]
-
-
-def _decoded(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Drop("not UTF-8") from error
-
-
-FORMATS: dict[str, Format] = {
-    ".jsonl": Format(_lines, _json_field),
-    ".jsonl.gz": Format(_gzip_lines, _json_field),
-    "text": Format(_text_file, _plain_text),
-}
-
-
-def format_of(path: str) -> str:
-    """The row of `FORMATS` that reads this file: by the end of its name, else plain text."""
-    return next((ending for ending in FORMATS if path.endswith(ending)), "text")
-
-
-def find_files(inputs: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
-    """The files that `inputs` (files, folders, globs with ``**``) name, each once, in a fixed order.
-
-    A folder gives every file below it outside hidden folders and __pycache__. A file whose path matches a pattern of
-    `exclude` is left out: ``*`` matches ``/`` too, and a relative pattern matches at any depth. Raises UserError for an
-    input that names nothing, and where nothing is left.
+    Folders are searched to the bottom in the order of the names, without hidden files and __pycache__. `exclude` are
+    patterns of fnmatch (* matches / too) over the path; a relative one matches at any depth. Raises UserError where
+    an input names nothing, or nothing is left.
     """
     found: dict[str, None] = {}
-    for name in inputs:
-        files = _files_of(os.path.expanduser(name))
+    for name in names:
+        files = inputs.find(name) if inputs.is_url(name) else _files_of(name)
         if not files:
             raise UserError(f"input {name!r}: no such file or folder, and no file matches it as a pattern")
         found.update(dict.fromkeys(files))
@@ -218,30 +115,39 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
 
 
-def read_records(files: Iterable[str]) -> Iterator[Record]:
-    """Every record of the files, in order. Raises UserError for a file that cannot be read to its end."""
-    for path in files:
-        name = format_of(path)
-        try:
-            for source, raw, num_bytes in FORMATS[name].records(path):
-                yield Record(source, raw, name, num_bytes)
-        except (OSError, EOFError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"input {path}: cannot be read: {reason}. Repair it, or leave it out.") from error
+def read_records(
+    files: Sequence[str], field: str, *, start: Position = START, scratch: Path | None = None
+) -> Iterator[Record]:
+    """Every record of the files from `start` on, in order. URLs are downloaded to a folder in `scratch` (default: the
+    system's temporary folder) while they are read. Raises UserError for a file that cannot be read to its end."""
+    with closing(inputs.local_paths(files[start.file :], scratch)) as paths:
+        for number, (file, path) in enumerate(zip(files[start.file :], paths, strict=True), start.file):
+            done = start.records if number == start.file else 0
+            source, name = inputs.without_secrets(file), format_of(inputs.without_query(file))
+            records = enumerate(FORMATS[name].records(path, field), start=1)
+            try:
+                for count, (place, raw, num_bytes) in itertools.islice(records, done, None):
+                    where = source if place is None else f"{source}:{place}"
+                    yield Record(where, raw, name, num_bytes, Position(number, count))
+            except READ_ERRORS as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(
+                    f"input {source}: cannot be read: {reason}. Repair it, or leave it out (--exclude)."
+                ) from error
+            except UserError as error:
+                raise UserError(f"input {source}: {error}") from error
 
 
 def text_of(record: Record, field: str) -> str:
     """The text of a record; never blank. Raises Drop with the reason."""
+    if isinstance(record.raw, Drop):
+        raise record.raw
     text = FORMATS[record.format].text(record.raw, field)
     if not text or text.isspace():
         raise Drop("empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise Drop("not UTF-8") from error
     return text
 
 
-def total_bytes(files: Iterable[str]) -> int:
-    """Size of the files on disk, in bytes."""
-    return sum(os.path.getsize(path) for path in files)
+def total_bytes(files: Sequence[str]) -> int:
+    """Size of the files where they lie, in bytes; of URLs that tell no size, nothing."""
+    return sum(file.size_bytes for file in inputs.stat(files))

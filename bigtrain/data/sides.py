@@ -52,7 +52,18 @@ class Census:
 
 def hash_of(encoded: bytes) -> int:
     """64 bits of the text in UTF-8, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+    digest = new_digest()
+    digest.update(encoded)
+    return number_of(digest)
+
+
+def new_digest() -> hashlib.blake2b:
+    """For a text that comes in parts: update it with each, and `number_of` it is the hash of the whole."""
+    return hashlib.blake2b(digest_size=8)
+
+
+def number_of(digest: hashlib.blake2b) -> int:
+    return int.from_bytes(digest.digest(), "little")
 
 
 def check_share(share: float) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from bigtrain.config.errors import UserError
 from bigtrain.data import build as building
-from bigtrain.data import sides
+from bigtrain.data import sides, tokenising, writing
 from bigtrain.data.build import BuildOptions, build
 from bigtrain.data.shards import Dataset, Index
 from bigtrain.data.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ def test_tars_carry_no_trace_of_the_machine(built: Path) -> None:
 def test_same_bytes_for_any_number_of_workers(
     built: Path, inputs: list[str], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "_BATCH_RECORDS", 7)
+    monkeypatch.setattr(tokenising, "BATCH_RECORDS", 7)
     options = BuildOptions(inputs, held_out=0.2, seed=3, shard_tokens=1000)
     build(options, tokenizer=tokenizer, out=tmp_path / "again", num_workers=2, progress=False)
     assert content(tmp_path / "again") == content(built)
@@ -221,16 +221,40 @@ def test_too_few_documents_leave_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
 
 
-def test_a_build_that_breaks_off_leaves_no_data_set(
+def test_a_build_that_breaks_off_leaves_no_data_set_and_goes_on(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(building, "_finish", broken)
-    with pytest.raises(UserError, match="No space left"):
-        small_build(tmp_path / "out", make_texts(5), tokenizer, held_out=0.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_index", broken)
+        with pytest.raises(UserError) as caught:
+            small_build(tmp_path / "out", make_texts(5), tokenizer, held_out=0.0)
+    assert str(caught.value) == (
+        "cannot write somewhere: No space left on device. What is done is kept: the same command goes on with it."
+    )
+    assert not (tmp_path / "out").exists()
+    out = small_build(tmp_path / "out", make_texts(5), tokenizer, held_out=0.0)
+    assert sorted(texts_of(Dataset.open(out / "train"), tokenizer)) == make_texts(5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.jsonl"]
+
+
+def test_long_documents_are_tokenised_in_parts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The tokens are those of the whole: the parts are cut where no piece reaches over."""
+    size = tokenising.MAX_PART_CHARACTERS
+    words = "\n".join(make_texts(1_000))
+    assert len(list(tokenising._parts(words))) > 5
+    dense = "\u4e2d\U0001f600\u2581" * (size // 2)
+    out = small_build(tmp_path / "long", [words, dense, "short", words + " " * size + "x"], tokenizer, held_out=0.0)
+    dataset = Dataset.open(out / "train")
+    found = texts_of(dataset, tokenizer)
+    assert sorted(found) == sorted([words, dense, "short", words + " " * size + "x"])
+    whole = [tokenizer.bos_id, *tokenizer.encode(words), tokenizer.eos_id]
+    assert dataset.tokens(found.index(words)).tolist() == whole
+    assert [sides.hash_of(text.encode()) for text in found] == [
+        int(dataset.describe(document)[0].partition("-")[2], 16) for document in range(4)
+    ]
 
 
 def test_index_refuses_what_it_does_not_know() -> None:

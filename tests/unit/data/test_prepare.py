@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import pytest
 import bigtrain.config
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, DataConfig, ModelConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from bigtrain.data import build, prepare
+from bigtrain.data import build, claim, prepare, writing
 from bigtrain.data.shards import Dataset
 
 from .conftest import make_texts
@@ -152,6 +156,36 @@ def test_another_launch_that_was_faster_is_fine(config: Config, monkeypatch: pyt
     assert "are there" in run(config)[-1]
 
 
+def test_a_launch_waits_for_another_that_builds(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "_POLL_S", 0.05)
+    out = Path(config.data.prepare.out)
+    said: list[str] = []
+    second = threading.Thread(
+        target=lambda: prepare.prepare(
+            config.data, config.tokenizer, num_workers=0, progress=False, say=lambda line: said.append(line)
+        )
+    )
+    with claim.locked(out):
+        second.start()
+        deadline = time.monotonic() + 60
+        while not any(line.startswith("waiting: ") for line in said) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert said[-1].startswith(f"waiting: {out} is being built at this moment by process ")
+        time.sleep(0.2)
+    second.join(60)
+    assert [line.split()[0] for line in said] == ["trained", "waiting:", "built", "built", "built"]
+
+
+def test_a_launch_goes_on_with_a_build_that_was_stopped(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_index", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    said = run(config)
+    assert "is there: 330 pieces" in said[0]
+    assert "goes on with a build that was stopped: all 60 documents are tokenised, 2 shards are written" in said[1]
+
+
 def test_check_refuses_a_model_too_small(config: Config) -> None:
     run(config)
     with pytest.raises(UserError, match=r"model\.vocab_size is 300, .* has 330 pieces"):
@@ -183,6 +217,7 @@ def test_the_command_says_errors_in_one_line(config: Config, tmp_path: Path, cap
     assert prepare.main([]) == 2
 
 
-def test_importing_it_takes_no_torch() -> None:
-    code = "import sys, bigtrain.data.prepare, bigtrain.data.order; sys.exit('torch' in sys.modules)"
+def test_importing_it_takes_nothing_that_is_slow() -> None:
+    slow = {"torch", "pyarrow", "fsspec", "aiohttp", "webdataset"}
+    code = f"import sys, bigtrain.data.prepare, bigtrain.data.order; sys.exit(bool({slow} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

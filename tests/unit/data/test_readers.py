@@ -54,7 +54,7 @@ def test_json_lines(tmp_path: Path, packed: bool) -> None:
     content = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
     path = tmp_path / ("x.jsonl.gz" if packed else "x.jsonl")
     path.write_bytes(gzip.compress(content) if packed else content)
-    records = list(readers.read_records([str(path)]))
+    records = list(readers.read_records([str(path)], "text"))
     assert [readers.text_of(record, "body") for record in records] == ["one\r\n", "zwei \u4e2d \u2028 x"]
     assert [record.source for record in records] == [f"{path}:1", f"{path}:2"]
     assert sum(record.num_bytes for record in records) <= path.stat().st_size
@@ -77,7 +77,7 @@ def test_json_lines(tmp_path: Path, packed: bool) -> None:
 )
 def test_drops_say_why(tmp_path: Path, line: bytes, reason: str) -> None:
     (tmp_path / "x.jsonl").write_bytes(line + b"\n")
-    (record,) = readers.read_records([str(tmp_path / "x.jsonl")])
+    (record,) = readers.read_records([str(tmp_path / "x.jsonl")], "text")
     with pytest.raises(Drop) as dropped:
         readers.text_of(record, "text")
     assert str(dropped.value) == reason
@@ -85,7 +85,7 @@ def test_drops_say_why(tmp_path: Path, line: bytes, reason: str) -> None:
 
 def test_a_file_is_kept_byte_for_byte(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b"a\r\nb\rc\n\x00")
-    (record,) = readers.read_records([str(tmp_path / "x.txt")])
+    (record,) = readers.read_records([str(tmp_path / "x.txt")], "text")
     assert readers.text_of(record, "text") == "a\r\nb\rc\n\x00"
 
 
@@ -94,7 +94,7 @@ def test_unreadable_files_are_named(tmp_path: Path, damage) -> None:
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(damage(gzip.compress(b'{"text": "x"}\n' * 1000)))
     with pytest.raises(UserError, match=r"input .*x\.jsonl\.gz: cannot be read"):
-        list(readers.read_records([str(path)]))
+        list(readers.read_records([str(path)], "text"))
 
 
 PARAGRAPHS = "".join(f"Paragraph {number}.\nIt has lines.\n\n" for number in range(20_000))
@@ -115,7 +115,7 @@ PARAGRAPHS = "".join(f"Paragraph {number}.\nIt has lines.\n\n" for number in ran
 def test_a_large_file_is_cut_and_nothing_is_lost(tmp_path: Path, text: str, end: str) -> None:
     path = tmp_path / "input.txt"
     path.write_bytes(text.encode())
-    records = list(readers.read_records([str(path)]))
+    records = list(readers.read_records([str(path)], "text"))
     texts = [readers.text_of(record, "text") for record in records]
     assert "".join(texts) == text
     assert all(part.endswith(end) for part in texts[:-1])
@@ -128,14 +128,14 @@ def test_a_large_file_is_cut_and_nothing_is_lost(tmp_path: Path, text: str, end:
 
 def test_pieces_of_a_very_large_file_are_at_most_64_kib(tmp_path: Path) -> None:
     (tmp_path / "input.txt").write_bytes(b"A line.\n" * (2 << 20))
-    sizes = [len(record.raw) for record in readers.read_records([str(tmp_path / "input.txt")])]
+    sizes = [len(record.raw) for record in readers.read_records([str(tmp_path / "input.txt")], "text")]
     assert set(sizes) == {64 << 10} and sum(sizes) == 16 << 20
 
 
 @pytest.mark.parametrize("bad", [b"\xe9", b"\xe4\xb8"])
 def test_a_large_file_that_is_no_utf_8_is_dropped_as_a_whole(tmp_path: Path, bad: bytes) -> None:
     (tmp_path / "binary").write_bytes(bytes(3_000_000) + bad)
-    (record,) = readers.read_records([str(tmp_path / "binary")])
+    (record,) = readers.read_records([str(tmp_path / "binary")], "text")
     assert record.num_bytes == 3_000_000 + len(bad)
     with pytest.raises(Drop, match="not UTF-8"):
         readers.text_of(record, "text")
