@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_command(options: argparse.Namespace) -> int:
+    tokenizer = Tokenizer.load(options.tokenizer)
+    if tokenizer.caveat:
+        print(f"note: {tokenizer.caveat}")
     report = build(
         BuildOptions(
             inputs=options.inputs,
@@ -49,7 +52,7 @@ def build_command(options: argparse.Namespace) -> int:
             seed=options.seed,
             shard_tokens=options.shard_tokens,
         ),
-        tokenizer=Tokenizer.load(options.tokenizer),
+        tokenizer=tokenizer,
         out=options.out,
         num_workers=options.workers,
     )
@@ -109,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("build", help="text -> OUT/train and OUT/valid")
     command.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or quoted glob of text or JSON lines")
-    command.add_argument("--tokenizer", required=True, metavar="FILE", help="sentencepiece model (tools/tokenizer.py)")
+    command.add_argument("--tokenizer", required=True, metavar="FILE", help="any that tools/tokenizer.py inspect reads")
     command.add_argument("--out", required=True, metavar="DIR", help="folder to make; it must not be there")
     command.add_argument("--field", default="text", help="key of the text in JSON lines (text)")
     command.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="paths to leave out")

@@ -30,7 +30,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.data import readers, shards, sides
 from bigtrain.data.progress import bar
 from bigtrain.data.readers import Drop, Drops, Record
-from bigtrain.data.shards import DOCUMENT_DTYPE, INDEX, TOKENIZER, Index, Shard
+from bigtrain.data.shards import DOCUMENT_DTYPE, INDEX, Index, Shard
 from bigtrain.data.sides import Census
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.workers import Workers
@@ -102,12 +102,12 @@ def build(
     aside = target.parent / f".{target.name}.building-{uuid.uuid4().hex[:8]}"
     try:
         aside.mkdir(parents=True)
-        (aside / TOKENIZER).write_bytes(tokenizer.model)
+        tokenizer_files = tokenizer.save(aside)
         with Workers(num_workers) as workers:
             spool = _tokenize_all(files, options, tokenizer, aside, workers, progress)
             splits = _split(spool, options, num_lanes)
             report = _write_splits(splits, spool, options, tokenizer, aside, workers, progress)
-        for scratch in (spool.path, aside / TOKENIZER):
+        for scratch in (spool.path, *tokenizer_files):
             scratch.unlink()
         os.replace(aside, target)
     except BrokenProcessPool as error:
@@ -139,7 +139,7 @@ class _Batch:
     records: list[Record]
     field: str
     tokenizer: str
-    """Path of the model file."""
+    """Path of the folder that it is kept in."""
     fingerprint: str
 
     @property
@@ -191,14 +191,15 @@ def _tokenize(batch: _Batch) -> _Tokenized:
     content = io.BytesIO()
     rows: list[tuple[int, int, int, int]] = []
     dropped = Drops()
+    kept: list[tuple[Record, str]] = []
     for record in batch.records:
         try:
-            text = readers.text_of(record, batch.field)
+            kept.append((record, readers.text_of(record, batch.field)))
         except Drop as reason:
             dropped.add(str(reason), record.source)
-            continue
+    for (record, text), ids in zip(kept, tokenizer.encode_batch([text for _, text in kept]), strict=True):
         encoded = text.encode()
-        tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype)
+        tokens = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(dtype)
         metadata = json.dumps({"source": record.source, "text_bytes": len(encoded)}).encode()
         rows.append((content.tell(), len(tokens), len(metadata), sides.hash_of(encoded)))
         content.write(tokens.tobytes())
@@ -215,7 +216,7 @@ def _tokenize_all(
     files: Sequence[str], options: BuildOptions, tokenizer: Tokenizer, aside: Path, workers: Workers, progress: bool
 ) -> _Spool:
     def batch(records: list[Record]) -> _Batch:
-        return _Batch(records, options.field, str(aside / TOKENIZER), tokenizer.fingerprint)
+        return _Batch(records, options.field, str(aside), tokenizer.fingerprint)
 
     parts: list[np.ndarray] = []
     dropped = Drops()
@@ -334,8 +335,8 @@ def _write_shard(plan: _ShardPlan) -> Shard:
 def _finish(
     folder: Path, written: list[Shard], options: BuildOptions, tokenizer: Tokenizer, dropped: dict[str, int]
 ) -> Index:
-    """Write tokenizer.model and, last, index.json."""
-    (folder / TOKENIZER).write_bytes(tokenizer.model)
+    """Write the tokenizer's files and, last, index.json."""
+    tokenizer_files = tokenizer.save(folder)
     made: dict[str, Any] = {"split": folder.name, **dataclasses.asdict(options)}
     made["inputs"], made["exclude"] = list(options.inputs), list(options.exclude)
     index = Index(
@@ -352,7 +353,7 @@ def _finish(
         shards=tuple(written),
     )
     (folder / INDEX).write_text(index.to_json(), encoding="utf-8")
-    for path in (folder / TOKENIZER, folder / INDEX, folder):
+    for path in (*tokenizer_files, folder / INDEX, folder):
         _sync(path)
     return index
 

@@ -1,7 +1,7 @@
 """The format on disk: a folder of WebDataset tars of token arrays, with an index that makes them a random-access array.
 
     FOLDER/index.json             written last: without it the folder is not a data set
-    FOLDER/tokenizer.model        the sentencepiece model that made the tokens
+    FOLDER/tokenizer.model        the tokenizer that made the tokens, by the name of its kind (`tokenizer.FILES`)
     FOLDER/shard-000000.tar       one sample a document, in shuffled order:
         KEY.json                      {"source": ..., "text_bytes": ...}
         KEY.tokens.npy                [BOS] + ids + [EOS], uint16 or uint32
@@ -33,7 +33,6 @@ from bigtrain.data.tokenizer import Tokenizer
 FORMAT = "bigtrain shards"
 VERSION = 1
 INDEX = "index.json"
-TOKENIZER = "tokenizer.model"
 DOCUMENT_DTYPE = np.dtype(
     [
         ("sample", "<u8"),  # offset in the tar of the sample's first header, bytes
@@ -71,7 +70,7 @@ class Index:
     bos_id: int
     eos_id: int
     tokenizer: str
-    """Fingerprint: sha256 of tokenizer.model."""
+    """Its fingerprint."""
     made: dict[str, Any]
     """What it was built from: split, inputs, exclude, field, held_out, seed."""
     dropped: dict[str, int]
@@ -141,7 +140,7 @@ class Dataset:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the folder."""
-        return Tokenizer.load(self.path / TOKENIZER)
+        return Tokenizer.load(self.path)
 
     def num_tokens_of_documents(self) -> np.ndarray:
         """int64[documents], begin and end of document counted."""
@@ -261,6 +260,6 @@ def open_all(paths: Iterable[str], *, what: str, tokenizer: Tokenizer | None = N
         if dataset.index.tokenizer != expected:
             raise UserError(
                 f"{what}: {dataset.path} was made by the tokenizer {dataset.index.tokenizer}, "
-                f"but {whose} is {expected}. Set tokenizer.path={dataset.path / TOKENIZER}, or build the shards again."
+                f"but {whose} is {expected}. Set tokenizer.path={dataset.path}, or build the shards again."
             )
     return datasets

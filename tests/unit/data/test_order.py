@@ -14,11 +14,12 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig, SourceConfig
 from bigtrain.data import lanes as laning
 from bigtrain.data import order as ordering
-from bigtrain.data import tokenizer as tokenizers
+from bigtrain.data import tokenizer_training as training
 from bigtrain.data.held_out import HeldOut, held_out
 from bigtrain.data.lanes import Lanes
 from bigtrain.data.mixture import Pattern
 from bigtrain.data.order import Cursor, Order, Source
+from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from bigtrain.data.shards import Dataset
 from bigtrain.data.tokenizer import Tokenizer
 
@@ -242,7 +243,7 @@ def test_missing_and_empty_paths(built: Path, tmp_path: Path) -> None:
 
 
 def test_another_tokenizer(built: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    other = Tokenizer(tokenizers.train(make_texts(50, seed=7), vocab_size=330))
+    other = SentencePieceTokenizer(training.train(make_texts(50, seed=7), vocab_size=330))
     theirs = small_build(tmp_path / "theirs", make_texts(20), other, held_out=0.0) / "train"
     fingerprints = rf"{other.fingerprint}.*{tokenizer.fingerprint}"
     with pytest.raises(UserError, match=fingerprints):
