@@ -270,7 +270,7 @@ def _data(config: Config, world: int) -> Iterator[Problem]:
         message = "these are for a tokenizer that data.prepare trains, not for one that is there"
         yield Problem("tokenizer.specials", tokenizer.specials, message, "Set tokenizer.specials=[]")
     if tokenizer.kind != "file" and not tokenizer.vocab_size:
-        yield Problem("tokenizer.vocab_size", 0, "must be at least 1", "Set it to the tokens that it shall have")
+        yield Problem("tokenizer.vocab_size", 0, "must be at least 1", "Set it to the pieces that it shall have")
     if not data.prepare.out:
         yield Problem("data.prepare.out", data.prepare.out, "is empty, but data.prepare.inputs is not", "Name a folder")
     if config.model.vocab_size < tokenizer.vocab_size:

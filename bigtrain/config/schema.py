@@ -225,10 +225,10 @@ class TokenizerConfig:
     kind: str = _choice("bpe", "bpe", "unigram", "file")
     """Algorithm, where data.prepare trains the tokenizer. file: it trains none, and uses the one at path as it is."""
     vocab_size: int = 4096
-    """Tokens, where data.prepare trains the tokenizer. 0, with kind=file: as many as it has."""
+    """Pieces, where data.prepare trains the tokenizer. 0, with kind=file: as many as it has."""
     specials: list[str] = field(default_factory=list[str])
     """Names of special tokens that it gets besides <unk>, <s>, </s> and <pad>, where data.prepare trains it."""
-    name: str = "${tokenizer.kind}-${tokenizer.vocab_size}"
+    name: str = "tokenizer"
     """What data.prepare.out is named after, in the presets of data."""
 
 

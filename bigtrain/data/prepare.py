@@ -92,7 +92,7 @@ def check_tokenizer(config: Config) -> Tokenizer:
     made, rows = Tokenizer.load(config.tokenizer.path), config.model.vocab_size
     if made.vocab_size > rows:
         raise UserError(
-            f"model.vocab_size is {rows}, but tokenizer {config.tokenizer.path} has {made.vocab_size} tokens. "
+            f"model.vocab_size is {rows}, but tokenizer {config.tokenizer.path} has {made.vocab_size} pieces. "
             f"Set model.vocab_size={made.vocab_size} or more."
         )
     return made
@@ -105,7 +105,7 @@ def _tokenizer(
     if path.exists() or config.kind == "file":
         made = Tokenizer.load(path)
         _check_is_wanted(made, config)
-        say(f"tokenizer {path} is there: {made.kind}, {made.vocab_size} tokens")
+        say(f"tokenizer {path} is there: {made.kind}, {made.vocab_size} pieces")
         return made
     files = readers.find_files(wanted.inputs, wanted.exclude)
     texts = training_texts(
@@ -118,7 +118,7 @@ def _tokenizer(
     )
     model = training.train(texts, vocab_size=config.vocab_size, kind=config.kind, specials=config.specials, seed=seed)
     training.save(model, path)
-    say(f"trained tokenizer {path}: {config.kind}, {config.vocab_size} tokens, from {len(files)} files")
+    say(f"trained tokenizer {path}: {config.kind}, {config.vocab_size} pieces, from {len(files)} files")
     return SentencePieceTokenizer(model, str(path))
 
 
@@ -127,7 +127,7 @@ def _check_is_wanted(made: Tokenizer, config: TokenizerConfig) -> None:
     other = "" if config.kind == "file" else ", or another tokenizer.path, or remove the file"
     if config.vocab_size not in (0, made.vocab_size):
         raise UserError(
-            f"tokenizer.vocab_size is {config.vocab_size}, but {made.name} is there with {made.vocab_size} tokens. Set "
+            f"tokenizer.vocab_size is {config.vocab_size}, but {made.name} is there with {made.vocab_size} pieces. Set "
             f"tokenizer.vocab_size={made.vocab_size}{other}."
         )
     if missing := [name for name in config.specials if name not in made.specials]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,6 +220,17 @@ def test_a_person_can_read_it(any_kind: Tokenizer) -> None:
     assert rows["its size"].startswith("11 bytes, ") and rows["fingerprint"] == any_kind.fingerprint
     assert rows["gives back"] == (any_kind.caveat or "every text that was tried, byte for byte")
     assert rows["document"].endswith(f"({any_kind.eos_id})")
+
+
+def test_no_kind_needs_torch(tmp_path: Path) -> None:
+    for name in ("bpe", "json_byte_level", "tiktoken"):
+        (tmp_path / name).mkdir()
+        made(name).save(tmp_path / name)
+    program = (
+        "import sys; from bigtrain.data.tokenizer import Tokenizer; "
+        "[Tokenizer.load(path).caveat for path in sys.argv[1:]]; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, *map(str, tmp_path.iterdir())], check=False).returncode == 0
 
 
 def test_the_kind_is_told_by_the_content(tmp_path: Path) -> None:
