@@ -104,10 +104,9 @@ class HuggingFaceTokenizer(Tokenizer):
         """The bytes of each id; none for ids that the file leaves out."""
         table = empty_table(max(self._vocabulary.values(), default=0), name)
         for piece, token in self._vocabulary.items():
-            if token in self._text_tokens:
-                table[token] = self._text_tokens[token].encode()
-            elif token not in specials:
-                table[token] = self._alphabet.bytes_of(piece)
+            if token not in specials:
+                added = self._text_tokens.get(token)
+                table[token] = self._alphabet.bytes_of(piece) if added is None else added.encode()
         return table
 
     def _probes(self) -> Sequence[str]:

@@ -135,6 +135,17 @@ def test_tokens_that_a_file_adds_as_text_are_text(byte_level: dict[str, Any]) ->
     assert "'x <tool_call> x' comes back as 'x<tool_call> x'" in str(HuggingFaceTokenizer(foreign.dump(strips)).caveat)
 
 
+def test_an_end_that_a_file_adds_as_text(byte_level: dict[str, Any]) -> None:
+    """Special by its use only: no text may become it all the same."""
+    (first, *rest) = byte_level["added_tokens"]
+    file = {**byte_level, "added_tokens": [{**first, "special": False}, *rest]}
+    made = HuggingFaceTokenizer(foreign.dump(file), json.dumps({"eos_token": foreign.END}).encode())
+    text = f"a{foreign.END}b"
+    ids = made.encode(text)
+    assert made.eos_id not in ids and made.decode(ids) == text
+    assert made.bytes_of_tokens()[made.eos_id] == 0
+
+
 def with_specials(file: dict[str, Any], *names: str) -> dict[str, Any]:
     """The file with these special tokens instead of its own."""
     (first, *_) = file["added_tokens"]
