@@ -93,8 +93,8 @@ class TiktokenTokenizer(Tokenizer):
         return [halved(self._encode, text) for text in texts]
 
     def _encode(self, text: str) -> np.ndarray:
-        """Where the pattern gives up, `encode` raises a ValueError, and `encode_ordinary` ends in a panic."""
-        return np.array(self._encoding.encode(text, disallowed_special=()), np.int32)
+        """Where the pattern gives up, this raises a ValueError, and `encode_ordinary` ends in a panic."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
 
 
 def _ranks(content: bytes, name: str) -> Iterator[tuple[bytes, int]]:
