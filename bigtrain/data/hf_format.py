@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 File = Mapping[str, Any]
@@ -32,6 +33,10 @@ class Alphabet:
 
     def __init__(self, file: File) -> None:
         """Raises ValueError, with the reason, for a file whose pieces do not stand for bytes one by one."""
+        for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if file["model"].get(mark):
+                marked = f"its model has {mark}={file['model'][mark]!r}"
+                raise ValueError(f"{marked}, so a token does not stand for certain bytes of text")
         steps = list(_steps(file.get("decoder"), "decoders"))
         if not steps:  # then the library would join pieces with spaces; what made them tells what they stand for
             made = _steps(file.get("pre_tokenizer"), "pretokenizers")
@@ -83,25 +88,43 @@ def byte_piece(byte: int) -> str:
     return f"<0x{byte:02X}>"
 
 
-def template(file: File) -> tuple[str | None, str | None]:
-    """The special tokens that the file's post-processor puts before and behind a text."""
+@dataclass(frozen=True)
+class Told:
+    """What a file says."""
+
+    alphabet: Alphabet
+    begin: str | None
+    """Special token that the file's template puts before a text."""
+    end: str | None
+    """And behind it."""
+    unknown: str | None
+    """Piece that stands for what the vocabulary does not cover."""
+
+
+def told(file: Any) -> Told:
+    """Raises an Exception for what is no tokenizer.json, or for one whose tokens do not stand for bytes."""
+    if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
+        raise ValueError("it has no model")
+    begin, end = _template(file)
+    return Told(Alphabet(file), begin, end, _unknown(file["model"]))
+
+
+def _template(file: File) -> tuple[str | None, str | None]:
     for step in _steps(file.get("post_processor"), "processors"):
         if step["type"] in ("BertProcessing", "RobertaProcessing"):
-            return step["cls"][0], step["sep"][0]
+            return str(step["cls"][0]), str(step["sep"][0])
         if step["type"] == "TemplateProcessing":
             parts = ["" if "Sequence" in part else part["SpecialToken"]["id"] for part in step["single"]]
             text = parts.index("")
-            names = [step["special_tokens"][part]["tokens"][0] if part else "" for part in parts]
+            names = [str(step["special_tokens"][part]["tokens"][0]) if part else "" for part in parts]
             return next(iter(names[:text]), None), next(iter(names[text + 1 :]), None)
     return None, None
 
 
-def unknown(file: File) -> str | None:
-    """The piece that stands for what the vocabulary does not cover."""
-    model = file["model"]
+def _unknown(model: Mapping[str, Any]) -> str | None:
     if isinstance(model.get("unk_id"), int):  # unigram
-        return model["vocab"][model["unk_id"]][0]
-    return model.get("unk_token") or None
+        return str(model["vocab"][model["unk_id"]][0])
+    return str(model["unk_token"]) if model.get("unk_token") else None
 
 
 def _steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from bigtrain.config.errors import UserError
 from bigtrain.data import document_ends, hf_format
 from bigtrain.data.document_ends import Ends
 from bigtrain.data.tokenizer import BESIDE, HUGGING_FACE, Tokenizer, empty_table, gave_up, halved
+
+_UNCOMMON = ["\x00", "\u2fd5", "\U0010fffd"]
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -26,29 +29,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, content: bytes, config: bytes | None = None, name: str = "tokenizer") -> None:
         """`content` of tokenizer.json, `config` of tokenizer_config.json where there is one. Raises UserError for what
         the library refuses, for tokens that do not stand for bytes, and where no token ends a document."""
-        import tokenizers
-
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a process a core, not a thread in each
-        try:
-            self._hf = hf = tokenizers.Tokenizer.from_buffer(content)
-            file = json.loads(content)
-            if file["model"].get("dropout"):  # the same text gives the same tokens
-                file["model"]["dropout"] = None
-                self._hf = hf = tokenizers.Tokenizer.from_str(json.dumps(file))
-            self._alphabet = alphabet = hf_format.Alphabet(file)
-            wraps, unknown = hf_format.template(file), hf_format.unknown(file)
-        except Exception as error:  # the library raises no narrower one
-            raise UserError(f"tokenizer {name}: not a tokenizer.json that can be used: {error}") from error
-        hf.no_truncation()
-        hf.no_padding()
-        hf.encode_special_tokens = True  # as the text that they are
-
-        self._vocabulary = vocabulary = hf.get_vocab(with_added_tokens=True)
-        added = hf.get_added_tokens_decoder()
+        told, self._hf = _open(content, name)
+        self._alphabet, unknown = told.alphabet, told.unknown
+        self._vocabulary = vocabulary = self._hf.get_vocab(with_added_tokens=True)
+        added = self._hf.get_added_tokens_decoder()
         self._text_tokens = {token: kept.content for token, kept in added.items() if not kept.special}
         specials = {kept.content: token for token, kept in added.items() if kept.special}
-        ends, config = _ends(wraps, config, specials, vocabulary, name)
-        if unknown in (ends.bos, ends.eos) and not alphabet.is_complete(vocabulary):
+        ends, config = _ends(told, config, specials, vocabulary, name)
+        if unknown in (ends.bos, ends.eos) and not self._alphabet.is_complete(vocabulary):
             raise UserError(
                 f"tokenizer {name}: it writes {unknown} for what it does not know, which would end a document. Use one "
                 "with byte fallback, or with an unknown token of its own."
@@ -67,6 +56,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._unknown_id = vocabulary.get(unknown) if unknown else None
         self._is_special = np.zeros(self.vocab_size, np.bool_)
         self._is_special[list(specials.values())] = True
+        try:
+            self.encode_batch(_UNCOMMON)
+        except Exception as error:
+            raise UserError(f"tokenizer {name}: it fails on characters that it does not know: {error}") from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         try:
@@ -113,8 +106,29 @@ class HuggingFaceTokenizer(Tokenizer):
         return [*super()._probes(), *(f"x {text} x" for text in list(self._text_tokens.values())[:20])]
 
 
+def _open(content: bytes, name: str) -> tuple[hf_format.Told, Any]:
+    """What the file says, and the library's tokenizer."""
+    import tokenizers
+
+    try:
+        file = json.loads(content)
+        told = hf_format.told(file)  # first: the library ends the process over some files that this refuses
+        opened = tokenizers.Tokenizer.from_buffer(content)
+        if file["model"].get("dropout"):  # the same text gives the same tokens
+            file["model"]["dropout"] = None
+            opened = tokenizers.Tokenizer.from_str(json.dumps(file))
+    except BaseException as error:  # the library raises no narrower one, and panics
+        if not (isinstance(error, Exception) or gave_up(error)):
+            raise
+        raise UserError(f"tokenizer {name}: not a tokenizer.json that can be used: {error}") from error
+    opened.no_truncation()
+    opened.no_padding()
+    opened.encode_special_tokens = True  # as the text that they are
+    return told, opened
+
+
 def _ends(
-    wraps: tuple[str | None, str | None],
+    told: hf_format.Told,
     config: bytes | None,
     specials: Mapping[str, int],
     vocabulary: Mapping[str, int],
@@ -122,7 +136,8 @@ def _ends(
 ) -> tuple[Ends, bytes | None]:
     """The ends of a document, and the configuration to keep: only where the ends are not those that tokenizer.json
     gives alone, and only that, so that a chat template makes no other tokenizer."""
-    alone = document_ends.find(specials, *wraps)
+    begin, end = (text if text in vocabulary else None for text in (told.begin, told.end))
+    alone = document_ends.find(specials, begin, end)
     bos = eos = None
     if config is not None:
         where = f"tokenizer {name}: {BESIDE[HUGGING_FACE]}"
@@ -133,7 +148,7 @@ def _ends(
             raise UserError(f"{where} cannot be read: {error}") from error
         if "bos_token" in values and bos is None and eos is not None:
             bos = eos
-    ends = document_ends.find(specials, bos or wraps[0], eos or wraps[1])
+    ends = document_ends.find(specials, bos or begin, eos or end)
     if ends is None:
         raise document_ends.unknown(name, specials, f"{BESIDE[HUGGING_FACE]} beside it")
     return ends, None if ends == alone else json.dumps(ends.as_json()).encode()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +173,7 @@ def wrapped(single: str, *names: str) -> dict[str, Any]:
         (["[A]", "[B]"], wrapped("$A [B]", "[B]"), None, ("[B]", "[B]")),
         (["[CLS]", "[SEP]"], {"type": "BertProcessing", "sep": ["[SEP]", 1], "cls": ["[CLS]", 0]}, None, None),
         (["[ONLY]"], None, None, ("[ONLY]", "[ONLY]")),
+        (["[A]"], {"type": "BertProcessing", "sep": ["[SEP]", 1], "cls": ["[CLS]", 0]}, None, ("[A]", "[A]")),
         (["<s>", "</s>"], None, {"bos_token": None, "eos_token": "</s>"}, ("</s>", "</s>")),
         (["<s>", "</s>", "[E]"], None, {"eos_token": "[E]", "chat_template": "x"}, ("<s>", "[E]")),
         (["[A]", "[B]"], None, {"bos_token": {"content": "[A]"}, "eos_token": {"content": "[B]"}}, ("[A]", "[B]")),
@@ -253,6 +258,12 @@ def test_tokens_that_are_no_bytes_are_refused(byte_level: dict[str, Any], decode
         HuggingFaceTokenizer(file)
 
 
+@pytest.mark.parametrize("mark", ["continuing_subword_prefix", "end_of_word_suffix"])
+def test_marks_of_pieces_are_refused(byte_level: dict[str, Any], mark: str) -> None:
+    with pytest.raises(UserError, match=f"its model has {mark}='##'"):
+        HuggingFaceTokenizer(foreign.dump(byte_level, model={**byte_level["model"], mark: "##"}))
+
+
 def test_a_missing_decoder_is_told_by_what_makes_the_pieces(byte_level: dict[str, Any]) -> None:
     made = HuggingFaceTokenizer(foreign.dump(byte_level, decoder=None))
     assert [made.decode(made.encode(text)) for text in TRICKY] == TRICKY
@@ -262,6 +273,32 @@ def test_a_missing_decoder_is_told_by_what_makes_the_pieces(byte_level: dict[str
 def test_damaged_files_are_refused(content: bytes) -> None:
     with pytest.raises(UserError, match=r"t\.json: not a tokenizer\.json that can be used"):
         HuggingFaceTokenizer(content, name="t.json")
+
+
+def places_of(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a file that a value stands at, of long parts the first."""
+    inside = list(part.items() if isinstance(part, dict) else enumerate(part)) if isinstance(part, dict | list) else []
+    for key, value in inside[:9]:
+        yield (*path, key)
+        yield from places_of(value, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback", "unigram"])
+def test_a_file_that_is_changed_anywhere_works_or_is_refused(name: str, byte_level: dict[str, Any]) -> None:
+    """Never a traceback, and never the end of the process: the library aborts over some prefixes of pieces."""
+    file = {"byte_level": as_llama3(byte_level)}.get(name) or getattr(foreign, name)(make_texts(40))
+    outcomes: Counter[str] = Counter()
+    for path in places_of(file):
+        for value in (None, "", "\u00e9x", 7, -1, [], {}):
+            changed = copy.deepcopy(file)
+            functools.reduce(lambda part, key: part[key], path[:-1], changed)[path[-1]] = value
+            try:
+                made = HuggingFaceTokenizer(foreign.dump(changed))
+                made.decode(made.encode("a </s> \u00e9 \U0010fffd"))
+                outcomes["works"] += 1
+            except UserError:
+                outcomes["refused"] += 1
+    assert outcomes["works"] > 50 and outcomes["refused"] > 50
 
 
 def test_an_id_that_no_vocabulary_has(byte_level: dict[str, Any]) -> None:
