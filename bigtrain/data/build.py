@@ -32,7 +32,7 @@ from bigtrain.data.progress import bar
 from bigtrain.data.readers import Drop, Drops, Record
 from bigtrain.data.shards import DOCUMENT_DTYPE, INDEX, Index, Shard
 from bigtrain.data.sides import Census
-from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.tokenizer import Tokenizer, digests_of
 from bigtrain.data.workers import Workers
 
 SHARD_TOKENS = 50_000_000
@@ -348,6 +348,7 @@ def _finish(
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         tokenizer=tokenizer.fingerprint,
+        tokenizer_files=digests_of(tokenizer.files),
         made=made,
         dropped=dropped,
         shards=tuple(written),

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config.errors import UserError
-from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.tokenizer import FILES, SENTENCEPIECE, Tokenizer, from_files
 
 FORMAT = "bigtrain shards"
 VERSION = 1
@@ -71,6 +71,8 @@ class Index:
     eos_id: int
     tokenizer: str
     """Its fingerprint."""
+    tokenizer_files: dict[str, str]
+    """sha256 of each of its files, by name."""
     made: dict[str, Any]
     """What it was built from: split, inputs, exclude, field, held_out, seed."""
     dropped: dict[str, int]
@@ -88,6 +90,9 @@ class Index:
             raise ValueError("it is not the index of a shard folder")
         if (version := values.pop("version", None)) != VERSION:
             raise ValueError(f"it has version {version}, this program reads version {VERSION}")
+        files = values.setdefault("tokenizer_files", {SENTENCEPIECE: values.get("tokenizer")})  # as before other kinds
+        if not isinstance(files, dict) or not files or files.keys() - set(FILES):
+            raise ValueError(f"its tokenizer_files are {str(files)[:80]!r}, not of {', '.join(FILES)}")
         try:
             return Index(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
         except (TypeError, KeyError) as error:
@@ -140,7 +145,11 @@ class Dataset:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the folder."""
-        return Tokenizer.load(self.path)
+        try:
+            files = {name: (self.path / name).read_bytes() for name in self.index.tokenizer_files}
+        except OSError as error:
+            raise UserError(f"data {error.filename}: {error.strerror}. Build the folder again.") from error
+        return from_files(files, str(self.path))
 
     def num_tokens_of_documents(self) -> np.ndarray:
         """int64[documents], begin and end of document counted."""

@@ -87,7 +87,7 @@ class Tokenizer(ABC):
     @property
     def fingerprint(self) -> str:
         """Shards and checkpoints name their tokenizer by it (hex)."""
-        return fingerprint_of(self.files)
+        return fingerprint_of(digests_of(self.files))
 
     def save(self, folder: Path) -> list[Path]:
         """Write its files, by their proper names; returns where they are."""
@@ -109,6 +109,15 @@ class Tokenizer(ABC):
         for part in filter(None, re.split(f"({names})", text)):
             ids += [self.specials[part]] if part in self.specials else self.encode(part)
         return ids
+
+    def encode_part(self, text: str) -> np.ndarray:
+        """The ids (int32) of a part of a document that is not its first. Where the tokenizer `adds_a_space`, the part
+        must begin with one space and no other: ValueError otherwise, for a space more would be in the document."""
+        if not self.adds_a_space:
+            return self.encode_batch([text])[0]
+        if not re.match(r" \S", text):
+            raise ValueError(f"a part for {self.name} begins with {text[:9]!r}, not with one space")
+        return self.encode_batch([text[1:]])[0]
 
     def decode_bytes(self, ids: Iterable[int], *, at_start: bool = True) -> bytes:
         """The bytes that the ids stand for; special ids stand for none. `at_start`: a document begins with them, so the
@@ -174,10 +183,15 @@ def from_files(files: Mapping[str, bytes], name: str) -> Tokenizer:
     return SentencePieceTokenizer(files[SENTENCEPIECE], name)
 
 
-def fingerprint_of(files: Mapping[str, bytes]) -> str:
-    """sha256 of the file (hex); of several, sha256 of theirs, in the order of their names."""
-    digests = [hashlib.sha256(files[name]).hexdigest() for name in sorted(files)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+def digests_of(files: Mapping[str, bytes]) -> dict[str, str]:
+    """sha256 of each (hex), by name."""
+    return {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
+
+
+def fingerprint_of(digests: Mapping[str, str]) -> str:
+    """Of a tokenizer with files of these sha256: that of the file (hex), or of several the sha256 of theirs."""
+    joined = "".join(digests[name] for name in sorted(digests))
+    return joined if len(digests) == 1 else hashlib.sha256(joined.encode()).hexdigest()
 
 
 def halved(encode: Callable[[str], np.ndarray], text: str) -> np.ndarray:
@@ -200,11 +214,6 @@ def empty_table(largest_id: int, name: str) -> list[bytes]:
     if largest_id >= _MAX_VOCAB_SIZE:
         raise UserError(f"tokenizer {name}: it has the id {largest_id}: not below {_MAX_VOCAB_SIZE:,}")
     return [b""] * (largest_id + 1)
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    """The files of the tokenizer that is kept in a folder. Raises OSError where one cannot be read."""
-    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
 
 
 def _file_at(path: Path) -> Path:

@@ -13,7 +13,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.data import shards
 from bigtrain.data.progress import bar
 from bigtrain.data.shards import INDEX, Dataset
-from bigtrain.data.tokenizer import files_in, fingerprint_of
+from bigtrain.data.tokenizer import fingerprint_of
 
 
 def splits_of(path: Path) -> list[Path]:
@@ -41,15 +41,14 @@ def verify(path: Path, *, progress: bool = True) -> list[str]:
 
 
 def _check_tokenizer(dataset: Dataset) -> Iterator[str]:
-    try:
-        files = files_in(dataset.path)
-    except OSError as error:
-        yield f"{error.filename}: {error.strerror}"
-        return
-    if not files:
-        yield f"{dataset.path}: the tokenizer that made the shards is missing"
-    elif fingerprint_of(files) != dataset.index.tokenizer:
-        yield f"{dataset.path / ' and '.join(files)}: not the tokenizer that made the shards"
+    if fingerprint_of(dataset.index.tokenizer_files) != dataset.index.tokenizer:
+        yield f"{dataset.path / INDEX}: its tokenizer_files are not those of the tokenizer {dataset.index.tokenizer}"
+    for name, digest in dataset.index.tokenizer_files.items():
+        try:
+            if shards.sha256_of(dataset.path / name) != digest:
+                yield f"{dataset.path / name}: not the tokenizer that made the shards"
+        except OSError as error:
+            yield f"{dataset.path / name}: {error.strerror}"
 
 
 def _check_totals(dataset: Dataset) -> Iterator[str]:

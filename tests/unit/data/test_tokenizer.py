@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -165,20 +166,63 @@ def test_shards_of_every_kind(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{tokenizer.fingerprint}.*{other.fingerprint}"):
         shards.open_all([str(out / "train")], what="data.train", tokenizer=other)
 
-    file = out / "train" / sorted(tokenizer.files)[-1]
-    file.write_bytes(file.read_bytes() + b" ")
-    assert verify(out / "train", progress=False) == [
-        f"{out}/train/{' and '.join(tokenizer.files)}: not the tokenizer that made the shards"
-    ]
     for name in tokenizer.files:
-        (out / "train" / name).unlink()
-    assert verify(out / "train", progress=False) == [f"{out}/train: the tokenizer that made the shards is missing"]
+        file = out / "train" / name
+        file.write_bytes(tokenizer.files[name] + b" ")
+        assert verify(out / "train", progress=False) == [f"{file}: not the tokenizer that made the shards"]
+        file.unlink()
+        assert verify(out / "train", progress=False) == [f"{file}: No such file or directory"]
+        with pytest.raises(UserError, match=f"{name}: No such file or directory"):
+            assert dataset.tokenizer
+        file.write_bytes(tokenizer.files[name])
+
+
+def test_another_file_beside_shards_changes_nothing(tmp_path: Path) -> None:
+    file = foreign.byte_level(TEXTS, specials=["</s>", "<|x|>"])
+    tokenizer, out = of_json(foreign.dump(file)), tmp_path / "out"
+    options = BuildOptions([str(write_jsonl(tmp_path / "x.jsonl", make_texts(9)))], held_out=0)
+    build(options, tokenizer=tokenizer, out=out, num_workers=0, progress=False)
+    (out / "train" / "tokenizer_config.json").write_text('{"eos_token": "<|x|>"}')
+    assert Dataset.open(out / "train").tokenizer.fingerprint == tokenizer.fingerprint
+    with pytest.raises(UserError, match=tokenizer.fingerprint):
+        shards.open_all([str(out / "train")], what="data.train", tokenizer=Tokenizer.load(out / "train"))
+
+
+def test_an_index_names_files_of_tokenizers_only(tmp_path: Path) -> None:
+    options = BuildOptions([str(write_jsonl(tmp_path / "x.jsonl", make_texts(9)))], held_out=0)
+    build(options, tokenizer=made("bpe"), out=tmp_path / "out", num_workers=0, progress=False)
+    file = tmp_path / "out" / "train" / "index.json"
+    index = json.loads(file.read_text())
+    for bad in ({"../../secret": "0"}, ["tokenizer.model"], 7, {}):
+        file.write_text(json.dumps({**index, "tokenizer_files": bad}))
+        with pytest.raises(UserError, match=r"index\.json cannot be read: its tokenizer_files are"):
+            Dataset.open(file.parent)
+    del index["tokenizer_files"]  # as before there were other kinds
+    file.write_text(json.dumps(index))
+    assert Dataset.open(file.parent).tokenizer.fingerprint == made("bpe").fingerprint
+    assert verify(file.parent, progress=False) == []
+    file.write_text(json.dumps({**index, "tokenizer_files": {"tokenizer.model": "0" * 64}}))
+    assert "not those of the tokenizer" in verify(file.parent, progress=False)[0]
 
 
 def test_a_checkpoint_holds_it(any_kind: Tokenizer, tmp_path: Path) -> None:
     folders.partial_of(tmp_path, 1).mkdir()
     folder = folders.commit(tmp_path, 1, {"format": folders.FORMAT, "step": 1}, any_kind.files)
     assert Tokenizer.load(folder).fingerprint == any_kind.fingerprint
+
+
+@pytest.mark.parametrize("kind", [*LOSSLESS, *SPACED])
+def test_a_document_in_parts(kind: str) -> None:
+    tokenizer, text = made(kind), "def f(x):\n    return  x in range 17\n"
+    for cut in (place.start() for place in re.finditer(r"(?<=\w) (?=\S)", text)):
+        ids = [*tokenizer.encode(text[:cut]), *tokenizer.encode_part(text[cut:]).tolist()]
+        assert tokenizer.decode(ids) == text
+        sizes = tokenizer.bytes_of_tokens()[ids].sum()
+        assert sizes - tokenizer.adds_a_space == len(text.encode())
+    if tokenizer.adds_a_space:
+        for part in ("x", "  x", " \nx"):
+            with pytest.raises(ValueError, match="not with one space"):
+                tokenizer.encode_part(part)
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
