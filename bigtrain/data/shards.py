@@ -91,7 +91,8 @@ class Index:
         if (version := values.pop("version", None)) != VERSION:
             raise ValueError(f"it has version {version}, this program reads version {VERSION}")
         files = values.setdefault("tokenizer_files", {SENTENCEPIECE: values.get("tokenizer")})  # as before other kinds
-        if not isinstance(files, dict) or not files or files.keys() - set(FILES):
+        known = isinstance(files, dict) and files and not files.keys() - set(FILES)
+        if not known or {*map(type, files.values())} != {str}:
             raise ValueError(f"its tokenizer_files are {str(files)[:80]!r}, not of {', '.join(FILES)}")
         try:
             return Index(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})

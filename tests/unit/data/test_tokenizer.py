@@ -193,7 +193,7 @@ def test_an_index_names_files_of_tokenizers_only(tmp_path: Path) -> None:
     build(options, tokenizer=made("bpe"), out=tmp_path / "out", num_workers=0, progress=False)
     file = tmp_path / "out" / "train" / "index.json"
     index = json.loads(file.read_text())
-    for bad in ({"../../secret": "0"}, ["tokenizer.model"], 7, {}):
+    for bad in ({"../../secret": "0"}, ["tokenizer.model"], 7, {}, {"tokenizer.model": 7}):
         file.write_text(json.dumps({**index, "tokenizer_files": bad}))
         with pytest.raises(UserError, match=r"index\.json cannot be read: its tokenizer_files are"):
             Dataset.open(file.parent)
