@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,11 +137,12 @@ def _ends(
 ) -> tuple[Ends, bytes | None]:
     """The ends of a document, and the configuration to keep: only where the ends are not those that tokenizer.json
     gives alone, and only that, so that a chat template makes no other tokenizer."""
+    beside = f"{Path(name).stem}_config.json" if name.endswith(".json") else BESIDE[HUGGING_FACE]
     begin, end = (text if text in vocabulary else None for text in (told.begin, told.end))
     alone = document_ends.find(specials, begin, end)
     bos = eos = None
     if config is not None:
-        where = f"tokenizer {name}: {BESIDE[HUGGING_FACE]}"
+        where = f"tokenizer {name}: {beside}"
         try:
             values = json.loads(config)
             bos, eos = document_ends.named(values, vocabulary, where)
@@ -150,5 +152,5 @@ def _ends(
             bos = eos
     ends = document_ends.find(specials, bos or begin, eos or end)
     if ends is None:
-        raise document_ends.unknown(name, specials, f"{BESIDE[HUGGING_FACE]} beside it")
+        raise document_ends.unknown(name, specials, f"{beside} beside it")
     return ends, None if ends == alone else json.dumps(ends.as_json()).encode()

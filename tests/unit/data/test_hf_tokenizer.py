@@ -235,6 +235,15 @@ def test_no_end_that_can_be_told(
         HuggingFaceTokenizer(foreign.dump(with_specials(byte_level, *specials)), config)
 
 
+def test_the_configuration_is_named_after_the_file(byte_level: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_bytes(foreign.dump(with_specials(byte_level, "[A]", "[B]")))
+    with pytest.raises(UserError, match=r"Write .* to own_config\.json beside it"):
+        Tokenizer.load(tmp_path / "own.json")
+    (tmp_path / "own_config.json").write_text('{"eos_token": "[B]"}')
+    made = Tokenizer.load(tmp_path / "own.json")
+    assert made.bos_id == made.eos_id == made.specials["[B]"]
+
+
 def test_an_unknown_token_must_not_end_documents(byte_fallback: dict[str, Any]) -> None:
     vocabulary = {piece: token for piece, token in byte_fallback["model"]["vocab"].items() if piece != "<0x0A>"}
     model = {**byte_fallback["model"], "vocab": vocabulary, "unk_token": "</s>"}
