@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
             top_k=arguments.top_k,
             seed=arguments.seed,
         )
-        print(arguments.prompt + loaded.tokenizer.decode(tokens))
+        print(arguments.prompt + loaded.tokenizer.decode(tokens, at_start=not arguments.prompt))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

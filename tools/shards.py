@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_command(options: argparse.Namespace) -> int:
+    tokenizer = Tokenizer.load(options.tokenizer)
+    if tokenizer.caveat:
+        print(f"note: {tokenizer.caveat}")
     report = build(
         BuildOptions(
             inputs=options.inputs,
@@ -57,7 +60,7 @@ def build_command(options: argparse.Namespace) -> int:
             seed=options.seed,
             shard_tokens=options.shard_tokens,
         ),
-        tokenizer=Tokenizer.load(options.tokenizer),
+        tokenizer=tokenizer,
         out=options.out,
         num_workers=options.workers,
         fresh=options.fresh,
@@ -119,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("build", help="text -> OUT/train and OUT/valid")
     command.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder, URL, or quoted glob of them")
-    command.add_argument("--tokenizer", required=True, metavar="FILE", help="sentencepiece model (tools/tokenizer.py)")
+    command.add_argument("--tokenizer", required=True, metavar="FILE", help="any that tools/tokenizer.py inspect reads")
     command.add_argument("--out", required=True, metavar="DIR", help="folder to make; it must not be there")
     command.add_argument(
         "--field", default="text", help="key in JSON lines or column in parquet that holds the text (text)"

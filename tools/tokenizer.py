@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a tokenizer on text, or look at one."""
+"""Train a tokenizer on text, or look at one of any kind."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ import argparse
 import sys
 
 from bigtrain.config.errors import UserError
-from bigtrain.data import readers, tokenizer
+from bigtrain.data import readers
+from bigtrain.data import tokenizer_training as training
 from bigtrain.data.prepare import training_texts
-from bigtrain.data.tokenizer import SAMPLE_BYTES, Tokenizer
+from bigtrain.data.tokenizer import Tokenizer, describe
+from bigtrain.data.tokenizer_training import SAMPLE_BYTES
 
 EXAMPLES = """examples:
   python tools/tokenizer.py train corpus/ --vocab-size 32000 --out corpus.model
   python tools/tokenizer.py train 'books/**/*.txt' web.jsonl.gz --kind unigram --vocab-size 8192 --out t.model
+  python tools/tokenizer.py train corpus/ --vocab-size 32000 --special '<|user|>' --special '<|end|>' --out t.model
   python tools/tokenizer.py inspect corpus.model --text 'def f(x): return x'
+  python tools/tokenizer.py inspect gpt2/tokenizer.json
+  python tools/tokenizer.py inspect cl100k_base.tiktoken
 
-It gives back every byte of any UTF-8 text. The same inputs and options give the same file. Files ending in .jsonl and
-.jsonl.gz hold a document a line, any other file is one document, or above 256 KiB many, cut at blank lines."""
+One that it trains gives back every byte of any UTF-8 text, and the same inputs and options give the same file. Files
+ending in .jsonl and .jsonl.gz hold a document a line, any other file is one document, or above 256 KiB many, cut at
+blank lines."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,15 +40,20 @@ def train(options: argparse.Namespace) -> None:
     files = readers.find_files(options.inputs, options.exclude)
     texts = training_texts(files, field=options.field, held_out=options.held_out, progress=True)
     sample_bytes = None if options.sample_mb is None else options.sample_mb * 1_000_000
-    model = tokenizer.train(
-        texts, vocab_size=options.vocab_size, kind=options.kind, seed=options.seed, sample_bytes=sample_bytes
+    model = training.train(
+        texts,
+        vocab_size=options.vocab_size,
+        kind=options.kind,
+        specials=options.special,
+        seed=options.seed,
+        sample_bytes=sample_bytes,
     )
-    tokenizer.save(model, options.out)
+    training.save(model, options.out)
     print(f"wrote {options.out}: {options.kind}, {options.vocab_size} pieces, from {len(files)} files")
 
 
 def inspect(options: argparse.Namespace) -> None:
-    for name, value in tokenizer.describe(Tokenizer.load(options.file), options.text):
+    for name, value in describe(Tokenizer.load(options.file), options.text, specials=options.specials):
         print(f"{name:<16} {value}")
 
 
@@ -57,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--vocab-size", type=int, required=True, help="pieces, specials and 256 byte pieces included")
     command.add_argument("--out", required=True, metavar="FILE", help="model file to write")
     command.add_argument("--kind", choices=sorted(SAMPLE_BYTES), default="bpe", help="algorithm (bpe)")
+    command.add_argument(
+        "--special",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a token that no text becomes, such as '<|user|>'",
+    )
     command.add_argument("--field", default="text", help="key of the text in JSON lines (text)")
     command.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="paths to leave out")
     command.add_argument(
@@ -67,8 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=train)
 
     command = commands.add_parser("inspect", help="size, special tokens, longest pieces, and how it cuts a text")
-    command.add_argument("file", metavar="FILE", help="sentencepiece model file")
+    command.add_argument(
+        "file", metavar="FILE", help="sentencepiece model, tokenizer.json, tiktoken file, or a folder with one in it"
+    )
     command.add_argument("--text", default="for i in range(10):\n    print(i)\n", help="text to cut")
+    command.add_argument("--specials", action="store_true", help="names of special tokens in TEXT are these tokens")
     command.set_defaults(run=inspect)
     return parser
 

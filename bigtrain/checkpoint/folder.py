@@ -18,7 +18,6 @@ from bigtrain.config.errors import UserError
 
 COMMITTED = "COMMITTED"
 STATE = "state.json"
-TOKENIZER = "tokenizer.model"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 

@@ -82,7 +82,6 @@ _AT_LEAST_ONE = [
     "train.global_batch_size",
     "train.micro_batch_size",
     "data.num_lanes",
-    "tokenizer.vocab_size",
     "checkpoint.keep",
     "eval.num_batches",
     "tracker.log_interval",
@@ -102,6 +101,7 @@ _NOT_NEGATIVE = [
     "schedule.min_ratio",
     "schedule.decay_fraction",
     "data.num_workers",
+    "tokenizer.vocab_size",
     "checkpoint.interval",
     "eval.interval",
     "model.attention_dropout",
@@ -266,6 +266,11 @@ def _data(config: Config, world: int) -> Iterator[Problem]:
         yield Problem("tokenizer.path", tokenizer.path, "is empty", "Choose a preset (tokenizer=bpe) or name a file")
     if not data.prepare.inputs:
         return
+    if tokenizer.kind == "file" and tokenizer.specials:
+        message = "these are for a tokenizer that data.prepare trains, not for one that is there"
+        yield Problem("tokenizer.specials", tokenizer.specials, message, "Set tokenizer.specials=[]")
+    if tokenizer.kind != "file" and not tokenizer.vocab_size:
+        yield Problem("tokenizer.vocab_size", 0, "must be at least 1", "Set it to the pieces that it shall have")
     if not data.prepare.out:
         yield Problem("data.prepare.out", data.prepare.out, "is empty, but data.prepare.inputs is not", "Name a folder")
     if config.model.vocab_size < tokenizer.vocab_size:

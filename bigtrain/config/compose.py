@@ -60,13 +60,21 @@ def group_names(extra_dirs: Sequence[Path] = ()) -> list[str]:
 
 
 def register() -> None:
-    """Give Hydra the schema under the name that conf/config.yaml asks for, and ``${stdlib:}``: the folder of the
-    running Python's standard library."""
+    """Give Hydra the schema under the name that conf/config.yaml asks for, ``${stdlib:}``: the folder of the running
+    Python's standard library, and ``${label:PATH}``: a short name of a file, fit for the name of another."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("stdlib", partial(sysconfig.get_path, "stdlib"), replace=True)
+    OmegaConf.register_new_resolver("label", _label, replace=True)
     ConfigStore.instance().store(name="schema", node=writable_schema())
+
+
+def _label(path: str) -> str:
+    """gpt2/tokenizer.json is gpt2, cl100k_base.tiktoken is cl100k_base."""
+    file = Path(path)
+    name = file.parent.name if file.stem == "tokenizer" and file.parent.name else file.stem
+    return re.sub(r"[^\w.-]+", "-", name) or "file"
 
 
 def compose(overrides: Sequence[str], extra_dirs: Sequence[Path] = ()) -> Config:

@@ -226,11 +226,15 @@ class TokenizerConfig:
     """Text to tokens and back."""
 
     path: str = ""
-    """sentencepiece model file."""
-    kind: str = _choice("bpe", "bpe", "unigram")
-    """Algorithm, where data.prepare trains the tokenizer."""
+    """A sentencepiece model, a Hugging Face tokenizer.json, a tiktoken file, or a folder with one of them in it."""
+    kind: str = _choice("bpe", "bpe", "unigram", "file")
+    """Algorithm, where data.prepare trains the tokenizer. file: it trains none, and uses the one at path as it is."""
     vocab_size: int = 4096
-    """Pieces, where data.prepare trains the tokenizer."""
+    """Pieces, where data.prepare trains the tokenizer. 0, with kind=file: as many as it has."""
+    specials: list[str] = field(default_factory=list[str])
+    """Names of special tokens that it gets besides <unk>, <s>, </s> and <pad>, where data.prepare trains it."""
+    name: str = "tokenizer"
+    """What data.prepare.out is named after, in the presets of data."""
 
 
 @dataclass(frozen=True)

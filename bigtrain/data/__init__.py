@@ -1,7 +1,8 @@
 """From text to the microbatches of a step. The whole pipeline, in the order in which data flows:
 
 `readers`    files, folders and globs of text and JSON lines -> documents, one function a format
-`tokenizer`  a sentencepiece model that gives back every byte of any UTF-8 text; training one
+`tokenizer`  text to tokens and back, of any kind of file: sentencepiece, tokenizer.json, tiktoken, a module each;
+             `tokenizer_training` makes a sentencepiece model that gives back every byte of any UTF-8 text
 `sides`      which documents are held out, by the hash of their text
 `build`      documents -> tokens, held-out split, global shuffle, shards (WebDataset tars with an index)
 `shards`     the format on disk: opening, random access to any document through a memory map, verifying

@@ -15,7 +15,7 @@ def unigram_cross_entropy(train: Sequence[Dataset], predicted: np.ndarray, *, ma
     """Nats a token: the mean cross-entropy of `predicted` (ids; `HeldOut.predicted_tokens`) under the share that each
     token has in the training data, with one added to every count (Laplace).
 
-    Begin-of-document tokens are left out of the counts, as no model predicts them. At most `max_tokens` are counted,
+    The first token of each document is left out, as no model predicts it. At most `max_tokens` are counted,
     documents being shuffled. Raises ValueError where `predicted` is empty.
     """
     if not len(predicted):
@@ -23,8 +23,6 @@ def unigram_cross_entropy(train: Sequence[Dataset], predicted: np.ndarray, *, ma
     counts = np.ones(train[0].index.vocab_size, np.int64)
     for block in _blocks(train, max_tokens):
         counts += np.bincount(block, minlength=len(counts))
-    for bos in {dataset.index.bos_id for dataset in train}:
-        counts[bos] = 1
     nats = np.log(counts.sum()) - np.log(counts)
     return float(nats[predicted].mean())
 
@@ -35,7 +33,7 @@ def _blocks(datasets: Sequence[Dataset], max_tokens: int) -> Iterator[np.ndarray
         parts: list[np.ndarray] = []
         held, left = 0, max_tokens // len(datasets)
         for document in range(len(dataset)):
-            tokens = dataset.tokens(document, 0, left)
+            tokens = dataset.tokens(document, 1, 1 + left)
             parts.append(tokens)
             held, left = held + len(tokens), left - len(tokens)
             if held >= _BLOCK_TOKENS or not left:

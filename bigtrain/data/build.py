@@ -168,7 +168,7 @@ def _run(
     progress: bool,
 ) -> BuildReport:
     spool, dtype = work.spool, token_dtype(tokenizer.vocab_size)
-    recipe = Recipe(options.field, str(work.model), tokenizer.fingerprint, dtype)
+    recipe = Recipe(options.field, str(work.folder), tokenizer.fingerprint, dtype)
     tokenize_all(files, recipe, spool, workers, total_bytes=work.total_bytes, progress=progress)
     try:
         splits = writing.plan(

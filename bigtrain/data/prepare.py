@@ -16,8 +16,10 @@ from pathlib import Path
 import bigtrain.config
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, DataConfig, PrepareConfig, TokenizerConfig
-from bigtrain.data import build, claim, held_out, inputs, order, readers, sides, tokenizer
+from bigtrain.data import build, claim, held_out, inputs, order, readers, sides
+from bigtrain.data import tokenizer_training as training
 from bigtrain.data.progress import bar
+from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from bigtrain.data.shards import INDEX, Dataset
 from bigtrain.data.sides import Census
 from bigtrain.data.tokenizer import Tokenizer
@@ -97,33 +99,34 @@ def check(config: Config) -> list[str]:
 
     Raises UserError for data that are missing, too few for the lanes, of another tokenizer, or with more tokens than
     the model has rows."""
-    model_rows = config.model.vocab_size
-    made = Tokenizer.load(config.tokenizer.path)
-    if made.vocab_size > model_rows:
-        raise UserError(
-            f"model.vocab_size is {model_rows}, but tokenizer {config.tokenizer.path} has {made.vocab_size} pieces. "
-            f"Set model.vocab_size={made.vocab_size} or more."
-        )
+    made = check_tokenizer(config)
     length = config.train.sequence_length
-    training = order.training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=made)
-    lines = [_summary("train", training.datasets)]
+    ordered = order.training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=made)
+    lines = [_summary("train", ordered.datasets)]
     if config.data.valid:
         lines.append(_summary("valid", held_out.held_out(config.data, sequence_length=length, tokenizer=made).datasets))
-    return lines
+    return [*lines, f"note: {made.caveat}"] if made.caveat else lines
+
+
+def check_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of a run. Raises UserError where it is unfit, or has more tokens than the model has rows."""
+    made, rows = Tokenizer.load(config.tokenizer.path), config.model.vocab_size
+    if made.vocab_size > rows:
+        raise UserError(
+            f"model.vocab_size is {rows}, but tokenizer {config.tokenizer.path} has {made.vocab_size} pieces. "
+            f"Set model.vocab_size={made.vocab_size} or more."
+        )
+    return made
 
 
 def _tokenizer(
     wanted: PrepareConfig, config: TokenizerConfig, seed: int, num_lanes: int, progress: bool, say: Say
 ) -> Tokenizer:
     path = Path(config.path)
-    if path.exists():
+    if path.exists() or config.kind == "file":
         made = Tokenizer.load(path)
-        if made.vocab_size != config.vocab_size:
-            raise UserError(
-                f"tokenizer.vocab_size is {config.vocab_size}, but {path} is there with {made.vocab_size} pieces. Set "
-                f"tokenizer.vocab_size={made.vocab_size}, or another tokenizer.path, or remove the file."
-            )
-        say(f"tokenizer {path} is there: {made.vocab_size} pieces")
+        _check_is_wanted(made, config)
+        say(f"tokenizer {path} is there: {made.kind}, {made.vocab_size} pieces")
         return made
     files = readers.find_files(wanted.inputs, wanted.exclude)
     texts = training_texts(
@@ -134,10 +137,25 @@ def _tokenizer(
         needs_valid=True,
         progress=progress,
     )
-    model = tokenizer.train(texts, vocab_size=config.vocab_size, kind=config.kind, seed=seed)
-    tokenizer.save(model, path)
+    model = training.train(texts, vocab_size=config.vocab_size, kind=config.kind, specials=config.specials, seed=seed)
+    training.save(model, path)
     say(f"trained tokenizer {path}: {config.kind}, {config.vocab_size} pieces, from {len(files)} files")
-    return Tokenizer(model, str(path))
+    return SentencePieceTokenizer(model, str(path))
+
+
+def _check_is_wanted(made: Tokenizer, config: TokenizerConfig) -> None:
+    """A tokenizer that is there must be what the config asks for."""
+    other = "" if config.kind == "file" else ", or another tokenizer.path, or remove the file"
+    if config.vocab_size not in (0, made.vocab_size):
+        raise UserError(
+            f"tokenizer.vocab_size is {config.vocab_size}, but {made.name} is there with {made.vocab_size} pieces. Set "
+            f"tokenizer.vocab_size={made.vocab_size}{other}."
+        )
+    if missing := [name for name in config.specials if name not in made.specials]:
+        raise UserError(
+            f"tokenizer.specials has {', '.join(missing)}, but {made.name} is there without. Set another "
+            "tokenizer.path, or remove the file to train it again."
+        )
 
 
 def training_texts(
@@ -206,6 +224,8 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[0])
     try:
         config = bigtrain.config.load(path.parent if path.suffix == ".yaml" else path)
+        if Path(config.tokenizer.path).exists():
+            check_tokenizer(config)  # before hours of tokenising
         prepare(config.data, config.tokenizer, say=_say)
         for line in check(config):
             _say(line)

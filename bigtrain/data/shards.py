@@ -1,7 +1,7 @@
 """The format on disk: a folder of WebDataset tars of token arrays, with an index that makes them a random-access array.
 
     FOLDER/index.json             written last: without it the folder is not a data set
-    FOLDER/tokenizer.model        the sentencepiece model that made the tokens
+    FOLDER/tokenizer.model        the tokenizer that made the tokens, by the name of its kind (`tokenizer.FILES`)
     FOLDER/shard-000000.tar       one sample a document, in shuffled order:
         KEY.json                      {"source": ..., "text_bytes": ...}
         KEY.tokens.npy                [BOS] + ids + [EOS], uint16 or uint32
@@ -28,12 +28,11 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config.errors import UserError
-from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.tokenizer import FILES, SENTENCEPIECE, Tokenizer, from_files
 
 FORMAT = "bigtrain shards"
 VERSION = 1
 INDEX = "index.json"
-TOKENIZER = "tokenizer.model"
 DOCUMENT_DTYPE = np.dtype(
     [
         ("sample", "<u8"),  # offset in the tar of the sample's first header, bytes
@@ -71,7 +70,9 @@ class Index:
     bos_id: int
     eos_id: int
     tokenizer: str
-    """Fingerprint: sha256 of tokenizer.model."""
+    """Its fingerprint."""
+    tokenizer_files: dict[str, str]
+    """sha256 of each of its files, by name."""
     made: dict[str, Any]
     """What it was built from: split, inputs, exclude, field, held_out, seed."""
     dropped: dict[str, int]
@@ -89,6 +90,10 @@ class Index:
             raise ValueError("it is not the index of a shard folder")
         if (version := values.pop("version", None)) != VERSION:
             raise ValueError(f"it has version {version}, this program reads version {VERSION}")
+        files = values.setdefault("tokenizer_files", {SENTENCEPIECE: values.get("tokenizer")})  # as before other kinds
+        known = isinstance(files, dict) and files and not files.keys() - set(FILES)
+        if not known or {*map(type, files.values())} != {str}:
+            raise ValueError(f"its tokenizer_files are {str(files)[:80]!r}, not of {', '.join(FILES)}")
         try:
             return Index(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
         except (TypeError, KeyError) as error:
@@ -141,7 +146,11 @@ class Dataset:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the folder."""
-        return Tokenizer.load(self.path / TOKENIZER)
+        try:
+            files = {name: (self.path / name).read_bytes() for name in self.index.tokenizer_files}
+        except OSError as error:
+            raise UserError(f"data {error.filename}: {error.strerror}. Build the folder again.") from error
+        return from_files(files, str(self.path))
 
     def num_tokens_of_documents(self) -> np.ndarray:
         """int64[documents], begin and end of document counted."""
@@ -261,6 +270,6 @@ def open_all(paths: Iterable[str], *, what: str, tokenizer: Tokenizer | None = N
         if dataset.index.tokenizer != expected:
             raise UserError(
                 f"{what}: {dataset.path} was made by the tokenizer {dataset.index.tokenizer}, "
-                f"but {whose} is {expected}. Set tokenizer.path={dataset.path / TOKENIZER}, or build the shards again."
+                f"but {whose} is {expected}. Set tokenizer.path={dataset.path}, or build the shards again."
             )
     return datasets

@@ -22,7 +22,7 @@ BATCH_BYTES, BATCH_RECORDS = 1 << 20, 1000
 PART_CHARACTERS, MAX_PART_CHARACTERS = 1 << 14, 1 << 18
 """A long document is tokenised in parts: as a whole, sentencepiece takes over 100 bytes of memory a character, and
 2.6 times as long for 6 MB."""
-_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) ")
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=\S)")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Recipe:
 
     field: str
     tokenizer: str
-    """Path of the model file."""
+    """Path of the folder with its files."""
     fingerprint: str
     dtype: str
     """Of the tokens."""
@@ -61,7 +61,7 @@ def tokenize_all(
         return
     with bar("tokenising", total_bytes, in_bytes=True, shown=progress) as advance:
         advance(spool.bytes_read)
-        scratch = Path(recipe.tokenizer).parent
+        scratch = Path(recipe.tokenizer)
         records = readers.read_records(files, recipe.field, start=spool.position, scratch=scratch)
         batches = (Batch(part, recipe) for part in _batches(records))
         for part in workers.map(_tokenize, batches, bytes_of=lambda batch: _size(batch.records)):
@@ -124,26 +124,29 @@ def _tokenize(batch: Batch) -> Tokenized:
 def _encode(tokenizer: Tokenizer, text: str, dtype: str) -> tuple[list[bytes], int, int]:
     """The tokens of a document, as bytes in parts; the size of its text in UTF-8; the hash of its text."""
     digest, text_bytes = sides.new_digest(), 0
-    blocks: list[bytes] = []
-    ids = [tokenizer.bos_id]
-    for part in _parts(text):
+    blocks = [np.array([tokenizer.bos_id], dtype).tobytes()]
+    for number, part in enumerate(_parts(text, tokenizer)):
         encoded = part.encode()
         digest.update(encoded)
         text_bytes += len(encoded)
-        blocks.append(np.array(ids + tokenizer.encode(part), dtype).tobytes())
-        ids = []
+        ids = tokenizer.encode_part(part) if number else tokenizer.encode_batch([part])[0]
+        blocks.append(ids.astype(dtype).tobytes())
     blocks.append(np.array([tokenizer.eos_id], dtype).tobytes())
     return blocks, text_bytes, sides.number_of(digest)
 
 
-def _parts(text: str) -> Iterator[str]:
-    """The text in parts of some PART_CHARACTERS, cut before a space behind a letter or digit: no piece of a usual
-    vocabulary reaches over that place, so the tokens are those of the text as a whole. Where there is none for
-    MAX_PART_CHARACTERS it is cut behind a line or anywhere; the text is the same in any case."""
+def _parts(text: str, tokenizer: Tokenizer) -> Iterator[str]:
+    """The text in parts of some PART_CHARACTERS, cut before a space between a letter or digit and a word: no token of a
+    usual vocabulary reaches over that place, so the tokens are those of the text as a whole. Where there is none for
+    MAX_PART_CHARACTERS it is cut behind a line or anywhere; the text is the same in any case. A tokenizer that adds a
+    space to what it encodes can take parts of the first kind only."""
     start = 0
     while len(text) - start > PART_CHARACTERS:
-        place = _BETWEEN_WORDS.search(text, start + PART_CHARACTERS, start + MAX_PART_CHARACTERS)
-        end = place.start() if place else _end_of_line(text, start + PART_CHARACTERS, start + MAX_PART_CHARACTERS)
+        stop = len(text) if tokenizer.adds_a_space else start + MAX_PART_CHARACTERS
+        place = _BETWEEN_WORDS.search(text, start + PART_CHARACTERS, stop)
+        if not place and tokenizer.adds_a_space:
+            break
+        end = place.start() if place else _end_of_line(text, start + PART_CHARACTERS, stop)
         yield text[start:end]
         start = end
     if start < len(text):

@@ -1,226 +1,272 @@
-"""A sentencepiece tokenizer that loses nothing: ``decode(encode(x)) == x`` for any text, byte for byte.
+"""Text to tokens and back: what the project asks of a tokenizer, whatever kind of file it comes from.
 
-What makes it exact: no normalisation, no dummy prefix, no removed whitespace, and one byte piece for each of the 256
-bytes, for whatever the vocabulary does not cover (newlines in rare places, tabs, emoji). One character is left:
-sentencepiece writes a space as U+2581 inside and cannot tell a real U+2581 from it, so `encode` spells that one in byte
-pieces, and `decode` joins the bytes of the pieces itself.
+Each kind is used as it is, and told by its content, whatever its name. In a folder of shards and in a checkpoint it
+lies under the name that is proper to it:
+
+    tokenizer.model      sentencepiece; `tokenizer_training` makes one that loses nothing
+    tokenizer.json       Hugging Face tokenizers; tokenizer_config.json beside it may name bos_token and eos_token
+    tokenizer.tiktoken   tiktoken; tokenizer.tiktoken.json beside it has the pattern and the special tokens
+
+A tokenizer adds no special token, and a text that spells one (``</s>``) is text like any other: what is in a corpus
+never ends a document. `bytes_of_tokens` is exact, so bits a byte are.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
-import io
 import os
-import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 
 from bigtrain.config.errors import UserError
 
-_SPACE = "\u2581"
-# What a tokenizer that normalises or has no byte pieces does not give back: a ligature, a roman numeral, repeated and
-# outer spaces, control characters, a combining accent, an emoji.
-_PROBE = " \ufb01 \u2163  a\tb\r\n\x00e\u0301 \u4e2d\U0001f600 "
+SENTENCEPIECE, HUGGING_FACE, TIKTOKEN = "tokenizer.model", "tokenizer.json", "tokenizer.tiktoken"
+BESIDE = {HUGGING_FACE: "tokenizer_config.json", TIKTOKEN: "tokenizer.tiktoken.json"}
+FILES = (SENTENCEPIECE, HUGGING_FACE, TIKTOKEN, *BESIDE.values())
+"""Every name under which a file of a tokenizer is kept."""
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+_MAX_VOCAB_SIZE = 1 << 24
+_REPLACEMENT = "\ufffd".encode()
+# What a tokenizer that normalises, strips, or has no piece for every byte does not give back.
+_PROBES = (
+    *(" x", "x ", "x  y", "\n x\n", "x\ty", "x\r\ny", "\x00", "X", "n't . ,", "\ufb01", "\u2163", "e\u0301"),
+    *("\u4e2d", "\U0001f600", "\u2581", "<0x0A>"),
+)
 
-# Training text beyond this is sampled. Measured on Python sources, 2 cores, 4096 pieces: bpe 2 s and unigram 47 s for
-# 12 MB (unigram 9 s for 4 MB); the vocabulary hardly changes with more.
-SAMPLE_BYTES = {"bpe": 64 << 20, "unigram": 4 << 20}
-# Characters: chunks of several lines let it learn ")\n" and ":\n": 3.50 bytes a token instead of 3.28 by lines.
-_CHUNK_CHARACTERS = 2000
 
+class Tokenizer(ABC):
+    """What every kind offers. Safe to use from many threads."""
 
-class Tokenizer:
-    """A sentencepiece model, and what the rest of the project asks of it."""
+    kind: str
+    """In words."""
 
-    def __init__(self, model: bytes, name: str = "tokenizer") -> None:
-        """`model` is the content of a model file, `name` what errors call it. Raises UserError for one that is no
-        sentencepiece model, has no beginning or end of document, or changes text."""
-        self.model = model
-        self._sp = sentencepiece.SentencePieceProcessor()
-        try:
-            if not model:
-                raise RuntimeError("the file is empty")
-            self._sp.LoadFromSerializedProto(model)
-        except RuntimeError as error:
-            raise UserError(f"tokenizer {name}: not a sentencepiece model") from error
-        self.vocab_size: int = self._sp.vocab_size()
-        self.bos_id: int = self._sp.bos_id()
-        self.eos_id: int = self._sp.eos_id()
-        self.pad_id: int = self._sp.pad_id()
-        """-1 where the model has none."""
-        self._bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
-        self._space_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise UserError(f"tokenizer {name}: it has no <s> or no </s> to separate documents. Train it with both.")
-        if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise UserError(
-                f"tokenizer {name}: it does not give back the text that it gets: it normalises, adds a space, or has "
-                "no byte fallback. Train one with tools/tokenizer.py."
-            )
+    def __init__(
+        self,
+        name: str,
+        files: Mapping[str, bytes],
+        *,
+        bytes_of: Sequence[bytes],
+        specials: Mapping[str, int],
+        bos_id: int,
+        eos_id: int,
+    ) -> None:
+        """`bytes_of`: the bytes of text that each id stands for."""
+        self.name = name
+        """What errors call it."""
+        self.files = dict(files)
+        """Its files by their proper names: all that it takes to load it again."""
+        self.vocab_size = len(bytes_of)
+        """One more than the largest id."""
+        self.specials = dict(specials)
+        """Ids by name of the tokens that stand for no text."""
+        self.bos_id, self.eos_id = bos_id, eos_id
+        """Of a document. Equal where the tokenizer has one token for both."""
+        self._bytes = list(bytes_of)
+        self._names = {token: special for special, token in specials.items()}
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Tokenizer:
-        """Read a model file. Raises UserError where it is missing or unfit."""
+        """The tokenizer at `path`: its file, or a folder with one in it (of shards, a checkpoint, a Hugging Face
+        model). Raises UserError where there is none, or it is unfit."""
         try:
-            return Tokenizer(Path(path).read_bytes(), str(path))
+            file = _file_at(Path(path))
+            content = file.read_bytes()
+            kind = _kind_of(content, file.name)
+            files = {kind: content}
+            if (beside := _beside(file, kind)) is not None and beside.is_file():
+                files[BESIDE[kind]] = beside.read_bytes()
         except OSError as error:
             raise UserError(f"tokenizer {path}: {error.strerror}. Train one with tools/tokenizer.py.") from error
+        return from_files(files, str(file))
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the model file, in hex. Shards and checkpoints name their tokenizer by it."""
-        return hashlib.sha256(self.model).hexdigest()
+        """Shards and checkpoints name their tokenizer by it (hex)."""
+        return fingerprint_of(digests_of(self.files))
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without begin or end of document."""
-        if _SPACE not in text:
-            return self._sp.encode(text)
+    def save(self, folder: Path) -> list[Path]:
+        """Write its files, by their proper names; returns where they are."""
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        return [folder / name for name in self.files]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text (int32), without begin or end of document. On this thread."""
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """The ids of `text`, without begin or end of document. `specials`: the names of special tokens in it are these
+        tokens."""
+        if not (specials and self.specials):
+            return self.encode_batch([text])[0].tolist()
+        names = "|".join(re.escape(name) for name in sorted(self.specials, key=len, reverse=True))
         ids: list[int] = []
-        for part in re.split(f"({_SPACE})", text):
-            ids += self._space_ids if part == _SPACE else self._sp.encode(part)
+        for part in filter(None, re.split(f"({names})", text)):
+            ids += [self.specials[part]] if part in self.specials else self.encode(part)
         return ids
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that the ids stand for; special ids stand for none. An id beyond the vocabulary gives U+FFFD: a
-        model's embedding may have more rows than the tokenizer has pieces."""
-        size, pieces = self.vocab_size, self._bytes
-        return b"".join(pieces[token] if 0 <= token < size else b"\xef\xbf\xbd" for token in ids)
+    def encode_part(self, text: str) -> np.ndarray:
+        """The ids (int32) of a part of a document that is not its first. Where the tokenizer `adds_a_space`, the part
+        must begin with one space and no other: ValueError otherwise, for a space more would be in the document."""
+        if not self.adds_a_space:
+            return self.encode_batch([text])[0]
+        if not re.match(r" \S", text):
+            raise ValueError(f"a part for {self.name} begins with {text[:9]!r}, not with one space")
+        return self.encode_batch([text[1:]])[0]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode_bytes(self, ids: Iterable[int], *, at_start: bool = True) -> bytes:
+        """The bytes that the ids stand for; special ids stand for none. `at_start`: a document begins with them, so the
+        space that some tokenizers put before it is left out. An id beyond the vocabulary gives U+FFFD: a model's
+        embedding may have more rows than the tokenizer has pieces."""
+        size, pieces = self.vocab_size, self._bytes
+        found = b"".join(pieces[token] if 0 <= token < size else _REPLACEMENT for token in ids)
+        return found[1:] if at_start and self.adds_a_space and found.startswith(b" ") else found
+
+    def decode(self, ids: Iterable[int], *, at_start: bool = True) -> str:
         """The text of the ids. Bytes that are no UTF-8, as where a cut falls into a character, show as U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids, at_start=at_start).decode("utf-8", errors="replace")
+
+    def bytes_of_tokens(self, *, at_start: bool = False) -> np.ndarray:
+        """int32[vocab_size]: the bytes of text that each id stands for; 0 for specials. `at_start`: as the first of a
+        document. Summed over any cut of a document it is the size of that cut, so bits a byte = sum of nll in nats /
+        (ln 2 x sum of these)."""
+        without = b" " if at_start and self.adds_a_space else b""
+        return np.array([len(piece.removeprefix(without)) for piece in self._bytes], dtype=np.int32)
+
+    @cached_property
+    def adds_a_space(self) -> bool:
+        """Whether it puts a space before a document, as if each began with a word in the middle of a line."""
+        back = ((text, b"".join(self._bytes[token] for token in self.encode(text))) for text in ("x", "e", "0"))
+        return any(found == f" {text}".encode() for text, found in back)
+
+    @cached_property
+    def caveat(self) -> str | None:
+        """A line for the user, with examples, where it does not give back every text; None where it does."""
+        changed = [(text, back) for text in self._probes() if (back := self.decode(self.encode(text))) != text]
+        if not changed:
+            return None
+        examples = ", ".join(f"{text!a} comes back as {back!a}" for text, back in changed[:3])
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        return (
+            f"tokenizer {self.name} changes text: {examples}{more}. The model learns the changed text, and bits a byte "
+            "count the bytes of that."
+        )
 
     def piece(self, token: int) -> str:
-        """The piece as sentencepiece spells it."""
-        return self._sp.id_to_piece(token)
+        """What a token stands for, as a person reads it: its name, or its text, with bytes that are none as \\xNN."""
+        return self._names.get(token) or self._bytes[token].decode("utf-8", errors="backslashreplace")
 
-    def bytes_of_tokens(self) -> np.ndarray:
-        """int32[vocab_size]: the bytes of text that each id stands for; 0 for specials. Summed over any cut of a
-        document it is the size of that cut, so bits a byte = sum of nll in nats / (ln 2 x sum of these)."""
-        return np.array([len(piece) for piece in self._bytes], dtype=np.int32)
-
-    def _bytes_of(self, token: int) -> bytes:
-        piece = self._sp.id_to_piece(token)
-        if self._sp.is_byte(token):
-            return bytes([int(piece[3:5], 16)])
-        if self._sp.is_control(token) or self._sp.is_unknown(token):
-            return b""
-        return piece.replace(_SPACE, " ").encode()
+    def _probes(self) -> Sequence[str]:
+        return _PROBES
 
 
-def train(
-    texts: Iterable[str], *, vocab_size: int, kind: str = "bpe", seed: int = 0, sample_bytes: int | None = None
-) -> bytes:
-    """Train a tokenizer on documents; returns the content of its model file, the same for the same arguments.
+def from_files(files: Mapping[str, bytes], name: str) -> Tokenizer:
+    """The tokenizer of these `files` (by their proper names); `name` is what errors call it. Raises UserError where
+    they are unfit."""
+    if HUGGING_FACE in files:
+        from bigtrain.data.hf_tokenizer import HuggingFaceTokenizer
 
-    `kind` is bpe or unigram. Memory is bounded: beyond `sample_bytes` of text (default: SAMPLE_BYTES of the kind) a
-    uniform sample of its pieces, drawn by `seed`, is kept. Raises UserError where the text is too little for
-    `vocab_size`, or `vocab_size` too small for the text.
-    """
-    if sample_bytes is not None and sample_bytes < 1:
-        raise UserError(f"the sample is {sample_bytes} bytes: at least 1")
-    chunks = _sample((chunk for text in texts for chunk in _chunks(text)), sample_bytes or SAMPLE_BYTES[kind], seed)
-    if not chunks:
-        raise UserError("the tokenizer has no text to train on")
-    model = io.BytesIO()
+        return HuggingFaceTokenizer(files[HUGGING_FACE], files.get(BESIDE[HUGGING_FACE]), name)
+    if TIKTOKEN in files:
+        from bigtrain.data.tiktoken_tokenizer import TiktokenTokenizer
+
+        return TiktokenTokenizer(files[TIKTOKEN], files.get(BESIDE[TIKTOKEN]), name)
+    if SENTENCEPIECE not in files:
+        raise UserError(f"tokenizer {name}: there is no {SENTENCEPIECE}, {HUGGING_FACE} or {TIKTOKEN}")
+    from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(files[SENTENCEPIECE], name)
+
+
+def digests_of(files: Mapping[str, bytes]) -> dict[str, str]:
+    """sha256 of each (hex), by name."""
+    return {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
+
+
+def fingerprint_of(digests: Mapping[str, str]) -> str:
+    """Of a tokenizer with files of these sha256: that of the file (hex), or of several the sha256 of theirs."""
+    joined = "".join(digests[name] for name in sorted(digests))
+    return joined if len(digests) == 1 else hashlib.sha256(joined.encode()).hexdigest()
+
+
+def halved(encode: Callable[[str], np.ndarray], text: str) -> np.ndarray:
+    """``encode(text)``; where a pattern gives up, as on millions of spaces, that of its halves."""
     try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(chunks),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=kind,
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            required_chars=_SPACE,  # a text may have no space
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            max_sentence_length=8 * _CHUNK_CHARACTERS,
-            num_threads=16,  # written into the model file: the same on every machine
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise UserError(_why(error, vocab_size)) from error
-    return model.getvalue()
+        return encode(text)
+    except BaseException as error:  # a panic in Rust is no Exception
+        if len(text) < 2 or not gave_up(error):
+            raise
+    half = len(text) // 2
+    return np.concatenate([halved(encode, text[:half]), halved(encode, text[half:])])
 
 
-def save(model: bytes, path: str | os.PathLike[str]) -> None:
-    """Write a model file, aside and renamed, so that no reader sees half of it."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_bytes(model)
-    os.replace(aside, target)
+def gave_up(error: BaseException) -> bool:
+    return isinstance(error, ValueError) or type(error).__name__ == "PanicException"
 
 
-def _chunks(text: str) -> Iterator[str]:
-    """The text in pieces of whole lines of about _CHUNK_CHARACTERS; a longer line is cut."""
-    chunk: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        if size and size + len(line) > _CHUNK_CHARACTERS:
-            yield "".join(chunk)
-            chunk, size = [], 0
-        while len(line) > _CHUNK_CHARACTERS:
-            yield line[:_CHUNK_CHARACTERS]
-            line = line[_CHUNK_CHARACTERS:]
-        chunk.append(line)
-        size += len(line)
-    if size:
-        yield "".join(chunk)
+def empty_table(largest_id: int, name: str) -> list[bytes]:
+    """No bytes for each id up to the largest. Raises UserError where that is no size of a vocabulary."""
+    if largest_id >= _MAX_VOCAB_SIZE:
+        raise UserError(f"tokenizer {name}: it has the id {largest_id}: not below {_MAX_VOCAB_SIZE:,}")
+    return [b""] * (largest_id + 1)
 
 
-def _sample(chunks: Iterable[str], limit_bytes: int, seed: int) -> list[str]:
-    """The chunks, or where they are more than `limit_bytes` a uniform sample of them, in their order.
-
-    Each chunk draws a number; those with the smallest stay, as many as fit. Memory never holds more than the limit."""
-    draw = random.Random(seed).random
-    kept: list[tuple[float, int, str]] = []  # a heap: the largest draw first
-    size, smallest_dropped = 0, 2.0
-    for place, chunk in enumerate(chunks):
-        number = draw()
-        if number >= smallest_dropped:
-            continue
-        heapq.heappush(kept, (-number, place, chunk))
-        size += len(chunk.encode())
-        while size > limit_bytes and len(kept) > 1:
-            dropped, _, gone = heapq.heappop(kept)
-            size -= len(gone.encode())
-            smallest_dropped = min(smallest_dropped, -dropped)
-    return [chunk for _, chunk in sorted((place, chunk) for _, place, chunk in kept)]
+def _file_at(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    there = [path / name for name in (SENTENCEPIECE, HUGGING_FACE, TIKTOKEN) if (path / name).is_file()]
+    if len(there) == 1:
+        return there[0]
+    if there:
+        names = " and ".join(file.name for file in there)
+        raise UserError(f"tokenizer {path}: the folder has {names}. Name the one that you mean, as {there[0]}.")
+    raise UserError(
+        f"tokenizer {path}: the folder has no {SENTENCEPIECE}, {HUGGING_FACE} or {TIKTOKEN}. Name the file, or train a "
+        "tokenizer with tools/tokenizer.py."
+    )
 
 
-def _why(error: RuntimeError, vocab_size: int) -> str:
-    """sentencepiece's reason for refusing a vocabulary size, as something to act on."""
-    message = str(error)
-    if most := re.search(r"value <= (\d+)", message):
-        return f"tokenizer.vocab_size {vocab_size} is too large for this text: at most {most[1]}, or give it more text"
-    if need := re.search(r"smaller than required_chars.*? (\d+) vs (\d+)", message):
-        return f"tokenizer.vocab_size {vocab_size} is too small for the characters of this text: at least {need[2]}"
-    return f"sentencepiece could not train a tokenizer of {vocab_size} pieces on this text: {message.strip()}"
+def _kind_of(content: bytes, name: str) -> str:
+    """The proper name of the file."""
+    if name.endswith(".json") or content[:64].lstrip().startswith(b"{"):
+        return HUGGING_FACE
+    return TIKTOKEN if name.endswith(".tiktoken") or _TIKTOKEN_LINE.match(content) else SENTENCEPIECE
 
 
-def describe(tokenizer: Tokenizer, sample: str) -> list[tuple[str, str]]:
-    """(name, value) rows for a person: what `tools/tokenizer.py inspect` prints."""
+def _beside(file: Path, kind: str) -> Path | None:
+    """The file that belongs to it: gpt2.json has gpt2_config.json, o200k.tiktoken has o200k.tiktoken.json."""
+    if kind == HUGGING_FACE:
+        return file.with_name(f"{file.stem}_config.json")
+    return file.with_name(f"{file.name}.json") if kind == TIKTOKEN else None
+
+
+def describe(tokenizer: Tokenizer, sample: str, *, specials: bool = False) -> list[tuple[str, str]]:
+    """(name, value) rows for a person: what `tools/tokenizer.py inspect` prints. `specials`: as of `encode`."""
     sizes = tokenizer.bytes_of_tokens()
-    ids = tokenizer.encode(sample)
-    longest: Sequence[int] = np.argsort(-sizes, kind="stable")[:8].tolist()
+    ids = tokenizer.encode(sample, specials=specials)
+    longest: list[int] = np.argsort(-sizes, kind="stable")[:8].tolist()
+    named = [f"{name} {token}" for name, token in tokenizer.specials.items()]
     return [
-        ("pieces", f"{tokenizer.vocab_size:,}"),
+        ("kind", tokenizer.kind),
+        ("tokens", f"{tokenizer.vocab_size:,}"),
         ("fingerprint", tokenizer.fingerprint),
-        ("begin, end, pad", f"{tokenizer.bos_id}, {tokenizer.eos_id}, {tokenizer.pad_id}"),
-        ("longest pieces", " ".join(repr(tokenizer.piece(token)) for token in longest)),
+        (
+            "document",
+            f"begins with {_named(tokenizer, tokenizer.bos_id)}, ends with {_named(tokenizer, tokenizer.eos_id)}",
+        ),
+        ("specials", ", ".join(named[:12]) + (f", and {len(named) - 12} more" if len(named) > 12 else "")),
+        ("gives back", tokenizer.caveat or "every text that was tried, byte for byte"),
+        ("longest tokens", " ".join(repr(tokenizer.piece(token)) for token in longest)),
         ("sample", repr(sample)),
-        ("its pieces", " ".join(repr(tokenizer.piece(token)) for token in ids)),
+        ("its tokens", " ".join(repr(tokenizer.piece(token)) for token in ids)),
         ("its size", f"{len(sample.encode())} bytes, {len(ids)} tokens"),
     ]
+
+
+def _named(tokenizer: Tokenizer, token: int) -> str:
+    return f"{tokenizer.piece(token)} ({token})"

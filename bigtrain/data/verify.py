@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ import numpy as np
 from bigtrain.config.errors import UserError
 from bigtrain.data import shards
 from bigtrain.data.progress import bar
-from bigtrain.data.shards import INDEX, TOKENIZER, Dataset
+from bigtrain.data.shards import INDEX, Dataset
+from bigtrain.data.tokenizer import fingerprint_of
 
 
 def splits_of(path: Path) -> list[Path]:
@@ -31,17 +31,24 @@ def verify(path: Path, *, progress: bool = True) -> list[str]:
     except UserError as error:
         return [str(error)]
     problems = list(_check_totals(dataset))
-    try:
-        if hashlib.sha256((path / TOKENIZER).read_bytes()).hexdigest() != dataset.index.tokenizer:
-            problems.append(f"{path / TOKENIZER}: not the tokenizer that made the shards")
-    except OSError as error:
-        problems.append(f"{path / TOKENIZER}: {error.strerror}")
+    problems += _check_tokenizer(dataset)
     total = sum(shard.size_bytes for shard in dataset.index.shards)
     with bar(f"verifying {path}", total, in_bytes=True, shown=progress) as advance:
         for number in range(len(dataset.index.shards)):
             problems += _check_shard(dataset, number)
             advance(dataset.index.shards[number].size_bytes)
     return problems
+
+
+def _check_tokenizer(dataset: Dataset) -> Iterator[str]:
+    if fingerprint_of(dataset.index.tokenizer_files) != dataset.index.tokenizer:
+        yield f"{dataset.path / INDEX}: its tokenizer_files are not those of the tokenizer {dataset.index.tokenizer}"
+    for name, digest in dataset.index.tokenizer_files.items():
+        try:
+            if shards.sha256_of(dataset.path / name) != digest:
+                yield f"{dataset.path / name}: not the tokenizer that made the shards"
+        except OSError as error:
+            yield f"{dataset.path / name}: {error.strerror}"
 
 
 def _check_totals(dataset: Dataset) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """What lies in the working folder of a build, and what of it the next build goes on with.
 
     build.json           the options, and the input files with their sizes and times
-    tokenizer.model
+    the tokenizer's files
     spool documents commits                   the tokens (`spool`)
     shards               a journal: the shards that are whole (`writing`)
     out/                 what takes the name of the data set at the very end
@@ -23,7 +23,6 @@ from bigtrain.data import claim, inputs
 from bigtrain.data.inputs import Stat
 from bigtrain.data.journal import write_whole
 from bigtrain.data.readers import Position
-from bigtrain.data.shards import TOKENIZER
 from bigtrain.data.spool import Spool
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.writing import Written
@@ -36,7 +35,7 @@ class Work:
         self, folder: Path, identity: dict[str, Any], files: Sequence[str], stats: Sequence[Stat], tokenizer: Tokenizer
     ) -> None:
         """`identity` is what the result depends on besides the files."""
-        self.folder, self.out, self.model = folder, folder / "out", folder / TOKENIZER
+        self.folder, self.out = folder, folder / "out"
         self.total_bytes = sum(stat.size_bytes for stat in stats)
         before = _enter(folder, identity)
         now = [
@@ -51,7 +50,7 @@ class Work:
             (folder / "shards").unlink(missing_ok=True)
             shutil.rmtree(self.out, ignore_errors=True)
         self.written = Written(self.out, folder / "shards")
-        self.model.write_bytes(tokenizer.model)
+        tokenizer.save(folder)
         for torn in folder.glob("inputs-*"):
             shutil.rmtree(torn, ignore_errors=True)
         write_whole(folder / claim.MANIFEST, json.dumps({"build": identity, "files": now}) + "\n")

@@ -21,10 +21,10 @@ import numpy as np
 from bigtrain.data import shards, sides
 from bigtrain.data.journal import Journal, sync
 from bigtrain.data.progress import bar
-from bigtrain.data.shards import DOCUMENT_DTYPE, INDEX, TOKENIZER, Index, Shard
+from bigtrain.data.shards import DOCUMENT_DTYPE, INDEX, Index, Shard
 from bigtrain.data.sides import Census
 from bigtrain.data.spool import Spool
-from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.tokenizer import Tokenizer, digests_of
 from bigtrain.data.workers import Workers
 
 
@@ -209,8 +209,8 @@ def write_index(
     made: dict[str, Any],
     dropped: dict[str, int],
 ) -> Index:
-    """Write tokenizer.model and, last, index.json of a split whose shards are in the folder."""
-    (folder / TOKENIZER).write_bytes(tokenizer.model)
+    """Write the files of the tokenizer and, last, index.json of a split whose shards are in the folder."""
+    tokenizer_files = tokenizer.save(folder)
     found = [shard for plan in split.plans if (shard := written.get(plan))]
     index = Index(
         num_documents=sum(shard.num_documents for shard in found),
@@ -221,11 +221,12 @@ def write_index(
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         tokenizer=tokenizer.fingerprint,
+        tokenizer_files=digests_of(tokenizer.files),
         made={"split": split.name, **made},
         dropped=dropped,
         shards=tuple(found),
     )
     (folder / INDEX).write_text(index.to_json(), encoding="utf-8")
-    for path in (folder / TOKENIZER, folder / INDEX, folder):
+    for path in (*tokenizer_files, folder / INDEX, folder):
         sync(path)
     return index

@@ -48,7 +48,7 @@ def load(checkpoint: Path, *, device: str = "auto") -> Loaded:
     for name, tensor in store.load_full(folder).items():
         if name in wanted:
             wanted[name].data.copy_(tensor)
-    return Loaded(decoder, Tokenizer.load(folder / folders.TOKENIZER), model, state["step"], runtime.device)
+    return Loaded(decoder, Tokenizer.load(folder), model, state["step"], runtime.device)
 
 
 @torch.inference_mode()

@@ -101,7 +101,8 @@ def next_steps(config: Config, checkpoint: Path | None, typed: Sequence[str]) ->
     lines.append(again(typed, *longer, without=[*OWN, *LENGTH]))
     if _is_stdlib(config):
         text = [*_another(config, "my-text"), "data=text", "data.prepare.inputs=[FOLDER]"]
-        lines.append(again(typed, *text, without=[*OWN, "data", "tokenizer.path"]))
+        made = [] if config.tokenizer.kind == "file" else ["tokenizer.path"]
+        lines.append(again(typed, *text, without=[*OWN, "data", *made]))
     if config.data.num_lanes % CLUSTER_RANKS == 0:
         large = [*_another(config, "1b"), "+cluster=slurm", "model=gpt_1b", "dry_run=true"]
         lines.append(again([one for one in typed if _key(one).split(".")[0] in ABOUT_DATA], *large, without=OWN))

@@ -135,6 +135,8 @@ def _inputs(config: Config) -> Iterator[Problem]:
     for key, path in _shards(config):
         if not Path(path).is_relative_to(out):
             yield from _missing(key, path)
+    if config.tokenizer.kind == "file":
+        yield from _missing_tokenizer(config)
     if _is_prepared(config):
         return
     for pattern in config.data.prepare.inputs:
@@ -150,11 +152,7 @@ def _is_prepared(config: Config) -> bool:
 
 def _prepared_data(config: Config) -> Iterator[Problem]:
     """The folders of shards and the tokenizer are there, and go with the model and the lanes."""
-    if not Path(config.tokenizer.path).is_file():
-        message = "no such file"
-        yield Problem(
-            "tokenizer.path", config.tokenizer.path, message, "Train one with tools/tokenizer.py train, or name another"
-        )
+    yield from _missing_tokenizer(config)
     lanes, rows = config.data.num_lanes, config.model.vocab_size
     num_pieces = 0
     for key, path in _shards(config):
@@ -176,6 +174,13 @@ def _shards(config: Config) -> Iterator[tuple[str, str]]:
         for number, source in enumerate(sources):
             if "://" not in source.path:
                 yield f"data.{split}.{number}.path", source.path
+
+
+def _missing_tokenizer(config: Config) -> Iterator[Problem]:
+    path = config.tokenizer.path
+    if not Path(path).exists():
+        fix = "Train one with tools/tokenizer.py train, or name another"
+        yield Problem("tokenizer.path", path, "no such file", fix)
 
 
 def _missing(key: str, path: str) -> Iterator[Problem]:

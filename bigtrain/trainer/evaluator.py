@@ -35,11 +35,21 @@ class Evaluation:
 class Evaluator:
     """Runs the same held-out batches each time it is asked.
 
-    `batches` makes them anew, this data rank's share; `bytes_of_tokens`: bytes of text that each id stands for."""
+    `batches` makes them anew, this data rank's share; `bytes_of_tokens`: bytes of text that each id stands for, and
+    `bytes_at_start` behind a `bos_id` (default: the same)."""
 
-    def __init__(self, batches: Callable[[], Iterable[Sequence[Microbatch]]], bytes_of_tokens: np.ndarray) -> None:
-        self._batches = batches
+    def __init__(
+        self,
+        batches: Callable[[], Iterable[Sequence[Microbatch]]],
+        bytes_of_tokens: np.ndarray,
+        *,
+        bytes_at_start: np.ndarray | None = None,
+        bos_id: int = -1,
+    ) -> None:
+        self._batches, self._bos_id = batches, bos_id
+        at_start = bytes_of_tokens if bytes_at_start is None else bytes_at_start
         self._bytes_of_tokens = torch.from_numpy(bytes_of_tokens.astype(np.int64))
+        self._bytes_at_start = torch.from_numpy(at_start.astype(np.int64))
 
     def evaluate(self, engine: Engine) -> Evaluation:
         """Collective."""
@@ -49,8 +59,15 @@ class Evaluator:
             loss = engine.evaluate(microbatches)
             nats += loss.nats.item()
             tokens += int(loss.tokens.item())
-            text_bytes += sum(int(self._bytes_of_tokens[m.targets_BS[m.loss_mask_BS]].sum()) for m in microbatches)
+            text_bytes += sum(map(self._text_bytes, microbatches))
         total = runtime.all_reduce(
             torch.tensor(text_bytes, dtype=torch.int64, device=runtime.device), group=runtime.groups.dp
         )
         return Evaluation(nats, tokens, int(total.item()))
+
+    def _text_bytes(self, microbatch: Microbatch) -> int:
+        """Bytes of text that the predicted tokens stand for. What is predicted behind a `bos_id` is the first of a
+        document, also where the same token ends documents: behind an end nothing is predicted."""
+        targets = microbatch.targets_BS[microbatch.loss_mask_BS]
+        is_first = microbatch.tokens_BS[microbatch.loss_mask_BS] == self._bos_id
+        return int(torch.where(is_first, self._bytes_at_start[targets], self._bytes_of_tokens[targets]).sum())

@@ -42,7 +42,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         data = RunData.open(config, runtime.topology)
     with console.phase("building the model"):
         engine = Engine(config, runtime)
-    saver = Saver(config, run_dir, data.tokenizer.model)
+    saver = Saver(config, run_dir, data.tokenizer.files)
     position = Position(0, data.order.start())
     if resume is not None:
         with console.phase(f"loading {resume}"):

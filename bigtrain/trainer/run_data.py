@@ -62,6 +62,8 @@ class RunData:
                 micro_batch_size=train.micro_batch_size,
             ),
             self.tokenizer.bytes_of_tokens(),
+            bytes_at_start=self.tokenizer.bytes_of_tokens(at_start=True),
+            bos_id=self.tokenizer.bos_id,
         )
 
     def unigram_nats(self) -> float | None:

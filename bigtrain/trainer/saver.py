@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,9 +25,9 @@ PACKAGES = ("torch", "deepspeed", "megatron-core")
 class Saver:
     """Saves to RUN/checkpoints and loads from there."""
 
-    def __init__(self, config: Config, run_dir: Path, tokenizer: bytes) -> None:
-        """`tokenizer`: the model file, kept in every checkpoint."""
-        self._config, self._files = config, {folders.TOKENIZER: tokenizer}
+    def __init__(self, config: Config, run_dir: Path, tokenizer: Mapping[str, bytes]) -> None:
+        """`tokenizer`: its files by name, kept in every checkpoint."""
+        self._config, self._files = config, dict(tokenizer)
         self.root = run_dir / "checkpoints"
 
     def folder(self, step: int) -> Path:

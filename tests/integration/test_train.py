@@ -57,15 +57,16 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, float]] = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 60 modules of the standard library, and their tokenizer."""
-    from bigtrain.data import tokenizer as tokenizers
+    from bigtrain.data import tokenizer_training as training
     from bigtrain.data.build import BuildOptions, build
-    from bigtrain.data.tokenizer import Tokenizer
+    from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
     library = Path(os.__file__).parent
     inputs = sorted(str(path) for path in library.glob("*.py") if path.stat().st_size < 60_000)[:60]
     out = tmp_path_factory.mktemp("data") / "shards"
-    model = tokenizers.train([Path(path).read_text(encoding="utf-8") for path in inputs], vocab_size=VOCABULARY)
-    build(BuildOptions(inputs, held_out=0.15), tokenizer=Tokenizer(model), out=out, num_workers=0, progress=False)
+    model = training.train([Path(path).read_text(encoding="utf-8") for path in inputs], vocab_size=VOCABULARY)
+    tokenizer = SentencePieceTokenizer(model)
+    build(BuildOptions(inputs, held_out=0.15), tokenizer=tokenizer, out=out, num_workers=0, progress=False)
     return out
 
 

@@ -9,7 +9,8 @@ import torch
 
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
-from bigtrain.data import tokenizer as tokenizers
+from bigtrain.data import tokenizer_training as training
+from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.engine.inference import Loaded, continue_text
 from bigtrain.generate import Arguments, main, parse
@@ -85,7 +86,7 @@ class Uniform(Successor):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(tokenizers.train(["def f(x):\n    return x + 1\n"] * 20, vocab_size=290))
+    return SentencePieceTokenizer(training.train(["def f(x):\n    return x + 1\n"] * 20, vocab_size=290))
 
 
 @pytest.fixture

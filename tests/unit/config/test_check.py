@@ -88,6 +88,21 @@ def test_a_sound_config_has_no_problem() -> None:
             "model.vocab_size=4096 or more",
         ),
         ({"tokenizer__path": ""}, "tokenizer.path", "empty"),
+        ({"tokenizer__vocab_size": -1}, "tokenizer.vocab_size", "at least 0"),
+        (
+            {"data__prepare": PrepareConfig(inputs=["*.py"], out="out"), "tokenizer__vocab_size": 0},
+            "tokenizer.vocab_size",
+            "at least 1",
+        ),
+        (
+            {
+                "data__prepare": PrepareConfig(inputs=["*.py"], out="out"),
+                "tokenizer__kind": "file",
+                "tokenizer__specials": ["<|user|>"],
+            },
+            "tokenizer.specials",
+            "Set tokenizer.specials=[]",
+        ),
         ({"cluster__num_nodes": 2}, "cluster.num_nodes", "+cluster=slurm"),
         ({"cluster__kind": "slurm", "cluster__device": "auto"}, "cluster.device", "cuda or cpu"),
         ({"cluster__time": "tomorrow"}, "cluster.time", "D-HH:MM:SS"),
@@ -103,6 +118,11 @@ def test_problem(changes: dict[str, Any], key: str, says: str) -> None:
 def test_all_problems_at_once_and_no_division_by_a_bad_value() -> None:
     problems = found(parallel__tensor=0, train__micro_batch_size=0, model__num_attention_heads=0, optim__lr=-1.0)
     assert set(problems) == {"parallel.tensor", "train.micro_batch_size", "model.num_attention_heads", "optim.lr"}
+
+
+def test_a_tokenizer_that_is_there_needs_no_size() -> None:
+    prepared = PrepareConfig(inputs=["*.py"], out="out")
+    assert found(data__prepare=prepared, tokenizer__kind="file", tokenizer__vocab_size=0) == {}
 
 
 def test_unresolved_ranks_of_a_cluster_are_named() -> None:

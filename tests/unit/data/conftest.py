@@ -10,8 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from bigtrain.data import tokenizer as tokenizers
+from bigtrain.data import tokenizer_training as training
 from bigtrain.data.build import BuildOptions, build
+from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from bigtrain.data.tokenizer import Tokenizer
 
 TRICKY = [
@@ -85,12 +86,12 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def model(texts: list[str]) -> bytes:
-    return tokenizers.train(texts, vocab_size=420, kind="bpe")
+    return training.train(texts, vocab_size=420, kind="bpe")
 
 
 @pytest.fixture(scope="session")
 def tokenizer(model: bytes) -> Tokenizer:
-    return Tokenizer(model)
+    return SentencePieceTokenizer(model)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,28 @@ from bigtrain.data import baseline
 from bigtrain.data.baseline import unigram_cross_entropy
 from bigtrain.data.held_out import HeldOut
 from bigtrain.data.shards import Dataset
+from bigtrain.data.tokenizer import from_files
+
+from . import foreign
+from .conftest import make_texts
+from .test_build import small_build
 
 
 @pytest.mark.parametrize("block", [1 << 22, 100])
 def test_against_counting_by_hand(built: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baseline, "_BLOCK_TOKENS", block)
-    train, valid = Dataset.open(built / "train"), Dataset.open(built / "valid")
+    check_by_hand(Dataset.open(built / "train"), Dataset.open(built / "valid"))
+
+
+def test_one_token_at_both_ends_of_a_document(tmp_path: Path) -> None:
+    """As GPT-2 has: where it ends a document it is predicted, where it begins one it is not."""
+    tokenizer = from_files({"tokenizer.json": foreign.dump(foreign.byte_level(make_texts(60)))}, "gpt2")
+    assert tokenizer.bos_id == tokenizer.eos_id
+    out = small_build(tmp_path / "out", make_texts(60), tokenizer, held_out=0.3)
+    check_by_hand(Dataset.open(out / "train"), Dataset.open(out / "valid"))
+
+
+def check_by_hand(train: Dataset, valid: Dataset) -> None:
     counts = Counter(token for document in range(len(train)) for token in train.tokens(document).tolist()[1:])
     total = sum(counts.values()) + train.index.vocab_size
     predicted = [token for document in range(len(valid)) for token in valid.tokens(document).tolist()[1:]]

@@ -244,7 +244,7 @@ def test_long_documents_are_tokenised_in_parts(tokenizer: Tokenizer, tmp_path: P
     """The tokens are those of the whole: the parts are cut where no piece reaches over."""
     size = tokenising.MAX_PART_CHARACTERS
     words = "\n".join(make_texts(1_000))
-    assert len(list(tokenising._parts(words))) > 5
+    assert len(list(tokenising._parts(words, tokenizer))) > 5
     dense = "\u4e2d\U0001f600\u2581" * (size // 2)
     out = small_build(tmp_path / "long", [words, dense, "short", words + " " * size + "x"], tokenizer, held_out=0.0)
     dataset = Dataset.open(out / "train")

@@ -6,8 +6,9 @@ import contextlib
 import gzip
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -39,7 +40,7 @@ def pack_zst(raw: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def write_parquet(path: Path, values: list[object], kind: pyarrow.DataType, **options: object) -> Path:
+def write_parquet(path: Path, values: Sequence[object], kind: pyarrow.DataType, **options: Any) -> Path:
     table = pyarrow.table({"id": list(range(len(values))), "text": pyarrow.array(values, kind)})
     pyarrow.parquet.write_table(table, path, row_group_size=7, **options)
     return path
@@ -279,7 +280,8 @@ def test_a_value_that_is_too_long_is_dropped(tmp_path: Path, monkeypatch: pytest
 
 def test_zst_with_a_large_window(tmp_path: Path) -> None:
     """As `zstd --long=28` makes it; a decoder's usual limit is 27."""
-    options = {zstd.CompressionParameter.window_log: 28, zstd.CompressionParameter.enable_long_distance_matching: 1}
+    parameter = zstd.CompressionParameter
+    options = {int(parameter.window_log): 28, int(parameter.enable_long_distance_matching): 1}
     packer = zstd.ZstdCompressor(options=options)
     (tmp_path / "x.jsonl.zst").write_bytes(packer.compress(LINES) + packer.flush())
     with pytest.raises(zstd.ZstdError):

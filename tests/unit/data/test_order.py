@@ -14,11 +14,12 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig, SourceConfig
 from bigtrain.data import lanes as laning
 from bigtrain.data import order as ordering
-from bigtrain.data import tokenizer as tokenizers
+from bigtrain.data import tokenizer_training as training
 from bigtrain.data.held_out import HeldOut, held_out
 from bigtrain.data.lanes import Lanes
 from bigtrain.data.mixture import Pattern
 from bigtrain.data.order import Cursor, Order, Source
+from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from bigtrain.data.shards import Dataset
 from bigtrain.data.tokenizer import Tokenizer
 
@@ -61,7 +62,9 @@ def test_every_document_once_an_epoch_in_every_lane(train: Dataset, num_lanes: i
     order = make(train, num_lanes=num_lanes, sequence_length=sequence_length)
     bos = train.index.bos_id
     of_all: Counter[tuple[int, ...]] = Counter()
-    for lane, size in enumerate(order._sequences[0].num_tokens_of_lanes):
+    lanes = order._sequences[0]
+    assert isinstance(lanes, Lanes)
+    for lane, size in enumerate(lanes.num_tokens_of_lanes):
         stream = stream_of_lane(order, lane, -(-3 * size // sequence_length))
         epochs = [split_at_bos(stream[epoch * size : (epoch + 1) * size], bos) for epoch in range(3)]
         assert Counter(epochs[0]) == Counter(epochs[1]) == Counter(epochs[2])
@@ -242,7 +245,7 @@ def test_missing_and_empty_paths(built: Path, tmp_path: Path) -> None:
 
 
 def test_another_tokenizer(built: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    other = Tokenizer(tokenizers.train(make_texts(50, seed=7), vocab_size=330))
+    other = SentencePieceTokenizer(training.train(make_texts(50, seed=7), vocab_size=330))
     theirs = small_build(tmp_path / "theirs", make_texts(20), other, held_out=0.0) / "train"
     fingerprints = rf"{other.fingerprint}.*{tokenizer.fingerprint}"
     with pytest.raises(UserError, match=fingerprints):

@@ -18,6 +18,7 @@ from bigtrain.config.schema import Config, DataConfig, ModelConfig, PrepareConfi
 from bigtrain.data import build, claim, prepare, writing
 from bigtrain.data.shards import Dataset
 
+from . import foreign
 from .conftest import make_texts
 
 
@@ -128,6 +129,54 @@ def test_a_tokenizer_of_another_size_is_refused(config: Config) -> None:
     run(config)
     with pytest.raises(UserError, match=r"vocab_size is 300, but .*\.model is there with 330 pieces"):
         run(replace(config, tokenizer=replace(config.tokenizer, vocab_size=300)))
+
+
+def test_special_tokens(config: Config) -> None:
+    run(config)
+    config = replace(config, tokenizer=replace(config.tokenizer, specials=["<|user|>"]))
+    with pytest.raises(UserError, match=r"tokenizer\.specials has <\|user\|>, but .*\.model is there without"):
+        run(config)
+    shutil.rmtree(config.data.prepare.out)
+    Path(config.tokenizer.path).unlink()
+    run(config)
+    assert Dataset.open(config.data.train[0].path).tokenizer.specials["<|user|>"] == 4
+    assert len(run(config)) == 2
+
+
+@pytest.fixture
+def foreign_config(config: Config, tmp_path: Path) -> Config:
+    """A run with the tokenizer.json of others, which changes text."""
+    (tmp_path / "tokenizer.json").write_bytes(foreign.dump(foreign.byte_fallback(make_texts(60))))
+    tokenizer = TokenizerConfig(path=str(tmp_path / "tokenizer.json"), kind="file", vocab_size=0)
+    return replace(config, tokenizer=tokenizer, model=ModelConfig(vocab_size=1000))
+
+
+def test_a_tokenizer_of_others_is_used_as_it_is(
+    foreign_config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bigtrain.config.save(foreign_config, tmp_path / "run")
+    assert prepare.main([str(tmp_path / "run")]) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert said[0].startswith(f"tokenizer {foreign_config.tokenizer.path} is there: Hugging Face tokenizer.json, ")
+    assert [line for line in said if line.startswith("note: tokenizer")] == [said[-1]]
+    assert (Path(foreign_config.data.train[0].path) / "tokenizer.json").is_file()
+    assert prepare.main([str(tmp_path / "run")]) == 0
+
+
+def test_too_many_pieces_are_known_before_the_shards(
+    foreign_config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bigtrain.config.save(replace(foreign_config, model=ModelConfig(vocab_size=100)), tmp_path / "run")
+    assert prepare.main([str(tmp_path / "run")]) == 2
+    assert "model.vocab_size is 100, but tokenizer" in capfd.readouterr().err
+    assert not Path(foreign_config.data.prepare.out).exists()
+
+
+def test_a_tokenizer_of_others_that_is_not_there_is_not_trained(foreign_config: Config) -> None:
+    Path(foreign_config.tokenizer.path).unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json: No such file"):
+        run(foreign_config)
+    assert not Path(foreign_config.tokenizer.path).exists()
 
 
 @pytest.mark.parametrize("values", [{"held_out": 0.1}, {"exclude": ["*x*"]}, {"json_field": "body"}])

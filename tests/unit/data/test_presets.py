@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.config.check import check
 from bigtrain.config.compose import compose
 from bigtrain.data import readers
+from bigtrain.data.shards import Dataset
+from bigtrain.data.tokenizer import Tokenizer
 
+from . import foreign
 from .conftest import load_tool, write_jsonl
 
 
@@ -22,6 +26,24 @@ def test_the_standard_library_is_named_after_its_tokenizer(preset: str, name: st
     assert [source.path for source in config.data.train] == [f"data/stdlib/{name}/train"]
     assert [source.path for source in config.data.valid] == [f"data/stdlib/{name}/valid"]
     assert config.tokenizer.path == f"data/stdlib/{name}.model"
+
+
+@pytest.mark.parametrize(
+    ("preset", "path", "name"),
+    [
+        ("hf", "models/gpt2/tokenizer.json", "gpt2"),
+        ("hf", "a b/own.json", "own"),
+        ("hf", "models/Llama 3", "Llama-3"),
+        ("tiktoken", "cl100k_base.tiktoken", "cl100k_base"),
+    ],
+)
+def test_a_tokenizer_of_others_names_what_is_made_with_it(preset: str, path: str, name: str) -> None:
+    for data in ("stdlib", "text"):
+        config = compose([f"tokenizer={preset}", f"tokenizer.path={path}", f"data={data}"])
+        assert (config.tokenizer.path, config.data.prepare.out) == (path, f"data/{data}/{name}")
+        assert config.tokenizer.kind == "file" and config.tokenizer.vocab_size == 0
+    (problem,) = (problem for problem in check(compose([f"tokenizer={preset}"]), 1) if "tokenizer" in problem.key)
+    assert problem.key == "tokenizer.path" and "is empty" in problem.message
 
 
 def test_the_standard_library_is_found_without_tests_and_packages() -> None:
@@ -38,10 +60,10 @@ def test_the_standard_library_is_found_without_tests_and_packages() -> None:
 def test_own_shards_bring_their_tokenizer() -> None:
     config = compose(["data=shards", "data.prepare.out=D"])
     assert config.data.prepare.inputs == []
-    assert (config.data.train[0].path, config.tokenizer.path) == ("D/train", "D/train/tokenizer.model")
+    assert (config.data.train[0].path, config.tokenizer.path) == ("D/train", "D/train")
     config = compose(["data=shards", "data.train=[{path: A, weight: 4}, {path: B}]"])
     assert [(source.path, source.weight) for source in config.data.train] == [("A", 4.0), ("B", 1.0)]
-    assert config.tokenizer.path == "A/tokenizer.model"
+    assert config.tokenizer.path == "A"
 
 
 def test_own_text() -> None:
@@ -56,6 +78,13 @@ def test_the_tools_make_what_a_run_needs(inputs: list[str], tmp_path: Path, caps
     assert tokenizer.main(["train", *inputs, "--vocab-size", "360", "--out", model]) == 0
     assert tokenizer.main(["inspect", model, "--text", "def x"]) == 0
     assert "5 bytes" in capsys.readouterr().out
+    special = ["--special", "<|user|>", "--special", "<|end|>", "--kind", "unigram"]
+    assert tokenizer.main(["train", *inputs, "--vocab-size", "360", "--out", f"{model}2", *special]) == 0
+    capsys.readouterr()
+    for option, count in ([], 0), (["--specials"], 1):
+        assert tokenizer.main(["inspect", f"{model}2", "--text", "x<|end|>", *option]) == 0
+        printed = capsys.readouterr().out
+        assert "<|user|> 4, <|end|> 5" in printed and printed.count("'<|end|>'") == count
     command = ["build", *inputs, "--tokenizer", model, "--out", out, "--workers", "0", "--held-out", "0.2"]
     assert shards.main(command) == 0
     printed = capsys.readouterr().out
@@ -66,12 +95,39 @@ def test_the_tools_make_what_a_run_needs(inputs: list[str], tmp_path: Path, caps
     assert "already there" in capsys.readouterr().err
 
 
+def test_the_tools_use_tokenizers_of_others(
+    inputs: list[str], texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, shards = load_tool("tokenizer"), load_tool("shards")
+    ranks = foreign.ranks(texts)
+    files = {
+        "gpt/tokenizer.json": foreign.dump(foreign.byte_level(texts)),
+        "llama/tokenizer.json": foreign.dump(foreign.byte_fallback(texts)),
+        "own.tiktoken": foreign.tiktoken_file(ranks),
+        "own.tiktoken.json": foreign.tiktoken_settings(ranks),
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    for name, changes in (("gpt", False), ("llama/tokenizer.json", True), ("own.tiktoken", False)):
+        assert tokenizer.main(["inspect", str(tmp_path / name), "--text", "def x"]) == 0
+        assert "5 bytes" in capsys.readouterr().out
+        out = str(tmp_path / "out" / name)
+        command = ["build", *inputs, "--tokenizer", str(tmp_path / name), "--out", out, "--workers", "0"]
+        assert shards.main(command) == 0
+        assert ("note: tokenizer" in capsys.readouterr().out) == changes
+        assert shards.main(["verify", out]) == 0 and shards.main(["inspect", out]) == 0
+        made = Tokenizer.load(tmp_path / name)
+        assert Dataset.open(f"{out}/train").tokenizer.fingerprint == made.fingerprint
+
+
 @pytest.mark.parametrize(
     ("option", "says"),
     [
         (["--held-out", "2"], "held_out is 2.0: a share of the documents"),
         (["--sample-mb", "-1"], "the sample is -1000000 bytes"),
         (["--field", "body"], "no document is left"),
+        (["--special", "</s>"], "the special token '</s>' cannot be"),
     ],
 )
 def test_the_tokenizer_tool_refuses(

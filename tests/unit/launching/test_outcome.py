@@ -93,6 +93,7 @@ OWN_TEXT = ["data=text", "data.prepare.inputs=[my corpus/*.txt]", "tokenizer.voc
         ["cluster.device=cpu"],
         ["+experiment=smoke"],
         [*OWN_TEXT, "run.name=mine", "parallel.tensor=2", "cluster.device=cpu", "train.num_steps=7"],
+        ["tokenizer=hf", "tokenizer.path=gpt2/tokenizer.json", "cluster.device=cpu"],
         [*OWN_TEXT, "run.dir=elsewhere/default", "cluster.device=cpu", "train.num_tokens=500000"],
         ["run.name=longer", "train.stop_after=5", "cluster.device=cpu"],
     ],

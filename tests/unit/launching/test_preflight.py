@@ -69,6 +69,19 @@ def test_missing_tokenizer(config: Config) -> None:
     assert "tokenizer.path=/nowhere/tokenizer.model" in text
 
 
+def test_a_tokenizer_may_be_the_folder_that_it_is_in(config: Config, tmp_path: Path) -> None:
+    assert texts(changed(config, "tokenizer", path=str(tmp_path / "train"))) == []
+
+
+def test_a_tokenizer_that_preparation_does_not_make_is_missing_before_it(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    inputs = PrepareConfig(inputs=[str(tmp_path / "*.txt")], out=str(tmp_path / "out"))
+    config = changed(config, "data", prepare=inputs)
+    assert texts(changed(config, "tokenizer", path="/nowhere/t.model"), prepared=False) == []
+    (text,) = texts(changed(config, "tokenizer", path="/nowhere/tokenizer.json", kind="file"), prepared=False)
+    assert "tokenizer.path=/nowhere/tokenizer.json" in text
+
+
 def test_too_few_documents_for_the_lanes(config: Config) -> None:
     assert texts(changed(config, "data", num_lanes=100)) == []
     (text,) = texts(changed(config, "data", num_lanes=101))

@@ -64,6 +64,16 @@ def test_sums_over_batches_and_ranks(data: int) -> None:
     assert evaluator.evaluate(engine) == expected, "the batches are made anew"
 
 
+def test_a_space_before_a_document_is_no_text() -> None:
+    """Token 3 begins documents: what is predicted behind it counts without the space that a tokenizer puts there."""
+    without = np.array([0, 0, 2, 5], dtype=np.int32)  # token 1 is a space
+    first = microbatch([[1, 1, 2, 3, 1]], [[1, 1, 1, 0, 1]])
+    first.tokens_BS[:] = torch.tensor([[3, 1, 1, 2, 3]])
+    evaluator = Evaluator(lambda: iter([(first,)]), BYTES, bytes_at_start=without, bos_id=3)
+    engine: Any = Engine(1)
+    assert evaluator.evaluate(engine).text_bytes == 0 + 1 + 2 + 0
+
+
 def test_the_record() -> None:
     record = Evaluation(nats=6.0, tokens=3, text_bytes=12).as_record()
     assert record == {
