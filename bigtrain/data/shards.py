@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config.errors import UserError
-from bigtrain.data.tokenizer import FILES, SENTENCEPIECE, Tokenizer, from_files
+from bigtrain.data.tokenizer import FILES, Tokenizer, from_files
 
 FORMAT = "bigtrain shards"
 VERSION = 1
@@ -90,11 +90,11 @@ class Index:
             raise ValueError("it is not the index of a shard folder")
         if (version := values.pop("version", None)) != VERSION:
             raise ValueError(f"it has version {version}, this program reads version {VERSION}")
-        files = values.setdefault("tokenizer_files", {SENTENCEPIECE: values.get("tokenizer")})  # as before other kinds
-        known = isinstance(files, dict) and files and not files.keys() - set(FILES)
-        if not known or {*map(type, files.values())} != {str}:
-            raise ValueError(f"its tokenizer_files are {str(files)[:80]!r}, not of {', '.join(FILES)}")
         try:
+            files = values["tokenizer_files"]
+            known = isinstance(files, dict) and files and not files.keys() - set(FILES)
+            if not known or {*map(type, files.values())} != {str}:
+                raise ValueError(f"its tokenizer_files are {str(files)[:80]!r}, not of {', '.join(FILES)}")
             return Index(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
         except (TypeError, KeyError) as error:
             raise ValueError(f"it lacks or adds a field: {error}") from error

@@ -231,7 +231,7 @@ def test_a_launch_goes_on_with_a_build_that_was_stopped(config: Config, monkeypa
         with pytest.raises(KeyboardInterrupt):
             run(config)
     said = run(config)
-    assert "is there: 330 pieces" in said[0]
+    assert "is there: sentencepiece, 330 pieces" in said[0]
     assert "goes on with a build that was stopped: all 60 documents are tokenised, 2 shards are written" in said[1]
 
 
