@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import bigtrain.config
+from bigtrain.config import locations
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, DataConfig, PrepareConfig, TokenizerConfig
-from bigtrain.data import build, held_out, order, readers, sides, tokenizer
+from bigtrain.data import build, held_out, order, readers, shards, sides, tokenizer
 from bigtrain.data.progress import bar
 from bigtrain.data.shards import INDEX, Dataset
 from bigtrain.data.sides import Census
@@ -77,11 +78,11 @@ def check(config: Config) -> list[str]:
     Raises UserError for data that are missing, too few for the lanes, of another tokenizer, or with more tokens than
     the model has rows."""
     model_rows = config.model.vocab_size
-    made = Tokenizer.load(config.tokenizer.path)
+    made = shards.tokenizer_of(config)
     if made.vocab_size > model_rows:
         raise UserError(
-            f"model.vocab_size is {model_rows}, but tokenizer {config.tokenizer.path} has {made.vocab_size} pieces. "
-            f"Set model.vocab_size={made.vocab_size} or more."
+            f"model.vocab_size is {model_rows}, but tokenizer {locations.shown(config.tokenizer.path)} has "
+            f"{made.vocab_size} pieces. Set model.vocab_size={made.vocab_size} or more."
         )
     length = config.train.sequence_length
     training = order.training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=made)

@@ -16,12 +16,14 @@ from bigtrain.data.progress import bar
 from bigtrain.data.shards import INDEX, TOKENIZER, Dataset
 
 
-def splits_of(path: Path) -> list[Path]:
-    """The data sets at `path`: itself, or the train/ and valid/ in it. Raises UserError where there is none."""
-    if (path / INDEX).exists():
-        return [path]
-    inside = [path / name for name in ("train", "valid") if (path / name / INDEX).exists()]
-    return inside or [Dataset.open(path).path]  # which raises
+def splits_of(place: str) -> list[str]:
+    """The data sets at a place: itself, or the train/ and valid/ in it. Raises UserError where there is none."""
+    if shards.is_there(place):
+        return [place]
+    inside = [f"{place.rstrip('/')}/{name}" for name in ("train", "valid")]
+    if not (found := [split for split in inside if shards.is_there(split)]):
+        Dataset.open(place)  # which raises
+    return found
 
 
 def verify(path: Path, *, progress: bool = True) -> list[str]:

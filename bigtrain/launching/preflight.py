@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bigtrain import config as configs
-from bigtrain.config import keys
+from bigtrain.config import keys, locations
 from bigtrain.config.check import Problem, get
 from bigtrain.config.frozen import FILE
 from bigtrain.config.schema import Config
@@ -21,6 +21,8 @@ UNCHANGING = [
     "dry_run",
     "data.num_workers",
     "data.on_change",
+    "data.cache.",
+    "data.remote.",
     "parallel.gather",
     "train.recompute",
     "train.stop_after",
@@ -149,7 +151,7 @@ def _is_prepared(config: Config) -> bool:
 
 def _prepared_data(config: Config) -> Iterator[Problem]:
     """The folders of shards and the tokenizer are there, and go with the model and the lanes."""
-    if not Path(config.tokenizer.path).is_file():
+    if not locations.is_remote(config.tokenizer.path) and not Path(config.tokenizer.path).is_file():
         message = "no such file"
         yield Problem(
             "tokenizer.path", config.tokenizer.path, message, "Train one with tools/tokenizer.py train, or name another"
@@ -173,7 +175,7 @@ def _shards(config: Config) -> Iterator[tuple[str, str]]:
     """(key, path) of every folder of shards on this file system."""
     for split, sources in (("train", config.data.train), ("valid", config.data.valid)):
         for number, source in enumerate(sources):
-            if "://" not in source.path:
+            if not locations.is_remote(source.path):
                 yield f"data.{split}.{number}.path", source.path
 
 
