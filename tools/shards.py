@@ -95,8 +95,8 @@ def verify_command(options: argparse.Namespace) -> int:
     bad = False
     if locations.is_remote(options.folder):
         raise UserError(
-            f"{locations.shown(options.folder)}: verify reads a folder on a disk. Remote shards are checked against the "
-            "sha256 in their index whenever they are fetched."
+            f"{locations.shown(options.folder)}: verify reads a folder on a disk. Remote shards are checked against "
+            "the sha256 in their index whenever they are fetched."
         )
     for folder in splits_of(options.folder):
         problems = verify(Path(folder))

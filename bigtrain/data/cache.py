@@ -5,8 +5,9 @@
     FOLDER/.lock                   held while files are removed
 
 The content is the name, so nothing is ever out of date, and two places with the same shard share one copy. Whoever
-fetches a file holds a lock (flock) on its .part; others wait for it. The .part takes its final name only when every byte
-is checked and on the disk: a crash at any moment leaves nothing or a .part, which the next one who wants it goes on with.
+fetches a file holds a lock (flock) on its .part; others wait for it. The .part takes its final name only when every
+byte is checked and on the disk: a crash at any moment leaves nothing, or a .part that the next one who wants the file
+goes on with.
 
 A file that is memory-mapped is locked through the map itself, so the lock ends with the map, or with its process. When
 space is needed, the files that were used least recently go, but not those in use: their space would not come free.
@@ -18,16 +19,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import logging
 import os
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -39,7 +40,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"[0-9a-f]{64}(?:\.(\d+)\.part)?")
 _log = logging.getLogger(__name__)
 
-Fill = Callable[[BinaryIO], None]
+Fill = Callable[[io.FileIO], None]
 """Completes a file that is open for reading and writing, or raises; what is in it already is its beginning."""
 
 
@@ -107,7 +108,7 @@ class Cache:
                 else:
                     part.unlink()
 
-    def _fill(self, fill: Fill, out: BinaryIO, reserve_bytes: int) -> None:
+    def _fill(self, fill: Fill, out: io.FileIO, reserve_bytes: int) -> None:
         try:
             fill(out)
         except OSError as error:  # the disk has less room than the limit says
@@ -159,8 +160,8 @@ class Cache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _touch(self, names: object) -> None:
-        for name in names:  # pyright: ignore
+    def _touch(self, names: Iterable[str]) -> None:
+        for name in names:
             with contextlib.suppress(OSError):  # gone, or of another user
                 os.utime(self.folder / name)
 
@@ -205,18 +206,18 @@ def _map_file(path: Path, size_bytes: int | None) -> np.ndarray | None:
         return None
 
 
-def _map_open(file: IO[bytes]) -> np.ndarray:
+def _map_open(file: io.FileIO | io.BufferedReader) -> np.ndarray:
     """The map has a descriptor of its own for the same open file, so the file's lock lasts as long as the map."""
     if not os.fstat(file.fileno()).st_size:
         return np.zeros(0, np.uint8)
     return np.asarray(np.memmap(file, np.uint8, "r"))
 
 
-def _open(path: Path) -> BinaryIO:
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)  # pyright: ignore
+def _open(path: Path) -> io.FileIO:
+    return io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
 
 
-def _try_lock(file: IO[bytes]) -> bool:
+def _try_lock(file: io.FileIO | io.BufferedReader) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -224,7 +225,7 @@ def _try_lock(file: IO[bytes]) -> bool:
     return True
 
 
-def _is_still(file: IO[bytes], path: Path) -> bool:
+def _is_still(file: io.FileIO | io.BufferedReader, path: Path) -> bool:
     """Whether `path` still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -1,8 +1,8 @@
 """A file of a remote shard folder, fetched whole or not at all.
 
-A transfer that breaks, stalls or is answered by a busy server is tried again, later each time, and goes on where it was:
-the source is asked for the rest of the same content only, so a file that changed in between is not spliced. At the end
-the size and, where the index knows it, the sha256 must be right.
+A transfer that breaks, stalls or is answered by a busy server is tried again, later each time, and goes on where it
+was: the source is asked for the rest of the same content only, so a file that changed in between is not spliced. At the
+end the size and, where the index knows it, the sha256 must be right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import random
 import threading
 import time
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from bigtrain.config.errors import UserError
 from bigtrain.config.locations import Location
@@ -24,6 +23,9 @@ LONGEST_WAIT_S = 30.0
 _STALLED_BYTES_PER_S = 1024
 _PROGRESS_BYTES = 1 << 16
 _log = logging.getLogger(__name__)
+
+File = io.FileIO | io.BytesIO
+"""Where bytes go; not buffered."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,17 @@ class Cancelled(Exception):
 def fetch(
     location: Location,
     file: str,
-    out: BinaryIO,
+    out: File,
     expected: Expected,
     *,
     policy: Policy,
     cancelled: threading.Event | None = None,
 ) -> None:
-    """Write FOLDER/file into `out`, open for reading and writing and not buffered.
+    """Write FOLDER/file into `out`, open for reading and writing.
 
-    What is in `out` already is taken for the beginning of the file where `expected.sha256` will prove it. Raises UserError
-    where the file is not there (MissingError), is another one than expected, or does not come however often it is asked for; Cancelled;
-    OSError where `out` cannot be written.
+    What is in `out` already is taken for the beginning of the file where `expected.sha256` will prove it. Raises
+    UserError where the file is not there (MissingError), is another one than expected, or does not come however often
+    it is asked for; Cancelled; OSError where `out` cannot be written.
     """
     name = f"data {location.name}: {file}"
     opened = opener(location, file, policy.timeout_s)
@@ -120,7 +122,7 @@ class _Attempt:
     def __init__(
         self,
         opened: Open,
-        out: BinaryIO,
+        out: File,
         expected: Expected,
         validator: str | None,
         timeout_s: float,
@@ -166,9 +168,7 @@ class _Attempt:
         if self._expected.sha256:
             self._out.seek(0)
             if hashlib.file_digest(self._out, "sha256").hexdigest() != self._expected.sha256:
-                raise Broken(
-                    "its sha256 is not that of the index: the file is damaged, or not the one", start_over=True
-                )
+                raise Broken("its sha256 is not that of the index: damaged, or another file", start_over=True)
 
 
 class _Watch:
@@ -189,7 +189,7 @@ class _Watch:
         self._since, self._bytes = time.monotonic(), 0
 
 
-def _write_all(out: BinaryIO, block: bytes) -> None:
+def _write_all(out: File, block: bytes) -> None:
     rest = memoryview(block)
     while rest:
         rest = rest[out.write(rest) :]

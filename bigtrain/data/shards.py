@@ -139,7 +139,7 @@ class Dataset:
 
     @staticmethod
     def open(path: str | os.PathLike[str], *, places: Places | None = None, check_sizes: bool = True) -> Dataset:
-        """Open the folder, or the place of one (bigtrain.config.locations), which is read through the cache of `places`.
+        """Open the folder, or the place of one (bigtrain.config.locations), read through the cache of `places`.
 
         Raises UserError where it is missing, half-built, of another version, or (`check_sizes`, on a disk) has a shard
         missing or cut short. It does not read the tokens: `verify` does; those of a remote shard are checked when it is
@@ -203,8 +203,8 @@ class Dataset:
         return int(np.searchsorted(self._starts, document, side="right")) - 1
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [start, stop) of a document, as a read-only view of the file (uint16 or uint32). Raises UserError where
-        its shard is to be fetched and cannot be."""
+        """Tokens [start, stop) of a document, as a read-only view of the file (uint16 or uint32). Raises UserError
+        where its shard is to be fetched and cannot be."""
         shard = self.shard_of(document)
         row = self._documents[shard][document - self._starts[shard]]
         at, count = int(row["tokens_at"]), int(row["num_tokens"])

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from bigtrain.config import locations
@@ -215,7 +215,7 @@ def _from_s3(bucket: str, key: str, start: int, validator: str | None, timeout_s
 
     def read() -> bytes:
         with _s3_words(True, timeout_s):
-            return sync(system.loop, body.read, BLOCK_BYTES, timeout=timeout_s)
+            return cast(bytes, sync(system.loop, body.read, BLOCK_BYTES, timeout=timeout_s))
 
     try:
         yield Transfer(began, total, reply.get("ETag"), read)
