@@ -284,11 +284,12 @@ def _place(key: str, path: str, folder: str | None = None) -> Iterator[Problem]:
     if not path:
         yield Problem(key, path, "is empty", "Name a folder of shards")
         return
+    folder = path if folder is None else folder
     try:
-        locations.parse(path if folder is None else folder)
+        locations.parse(folder)
     except ValueError as error:
         yield Problem(key, locations.shown(path), str(error), "Name a folder of shards or its URL")
-    if found := locations.literal_secret(path):
+    if found := locations.literal_secret(folder):
         message = f"{found} is written out, and the run's config.yaml would keep it"
         fix = "Write the name of an environment variable for it: https://$USER:$PASSWORD@HOST/FOLDER?$QUERY"
         yield Problem(key, locations.shown(path), message, fix)

@@ -26,7 +26,7 @@ PLACE = "{file}"
 """Where a command behind pipe: has the name of the file."""
 _PIPE = "pipe:"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"`|;<>]+")
+_URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"`]+")
 _VARIABLE = re.compile(r"\$(\w+)", re.ASCII)
 _SECRET_NAME = re.compile(r"sig|token|key|secret|pass|cred|auth", re.IGNORECASE)
 _LONGEST_PUBLIC_VALUE = 16
@@ -121,7 +121,7 @@ def shown(text: str) -> str:
         return redacted(text)
     command = text[len(_PIPE) :]
     words = [word for word in command.split() if "=" not in word]
-    kept = re.findall(rf"[^\s'\"`]*{re.escape(PLACE)}[^\s'\"`]*", command)
+    kept = re.findall(rf"[^\s'\"`;|&<>()]*{re.escape(PLACE)}[^\s'\"`;|&<>()]*", command)
     return redacted(_PIPE + " ... ".join(dict.fromkeys([os.path.basename(words[0]) if words else "", *kept])))
 
 
@@ -192,6 +192,6 @@ def variables(command: str) -> list[str]:
 def _urls(text: str) -> Iterator[SplitResult]:
     for match in _URL_IN_TEXT.finditer(text):
         try:
-            yield urlsplit(match[0])
+            yield urlsplit(match[0].rstrip("');|&"))
         except ValueError:
             continue

@@ -103,6 +103,7 @@ class Cache:
                     self._fill(fill, out, reserve_bytes)
                     os.fsync(out.fileno())
                     os.replace(part, final)
+                    self._fetched.add(name)
                     fcntl.flock(out, fcntl.LOCK_SH)
                     return _map_open(out)
                 else:
@@ -172,7 +173,6 @@ class Cache:
                 "shards than the cache holds.",
                 self.max_bytes / 1e9,
             )
-        self._fetched.add(name)
 
 
 def _remove(entries: list[_Entry], num_bytes: int) -> int:

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from bigtrain.config.check import check, time_limit_minutes
-from bigtrain.config.schema import Config, DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from bigtrain.config.schema import (
+    CacheConfig,
+    Config,
+    DataConfig,
+    PrepareConfig,
+    RemoteConfig,
+    SourceConfig,
+    TokenizerConfig,
+)
 
 WORLD = 4
 
@@ -82,6 +90,10 @@ def test_a_sound_config_has_no_problem() -> None:
             "model.vocab_size",
             "model.vocab_size=4096 or more",
         ),
+        ({"data__train": [SourceConfig("gs://b/x")]}, "data.train.0.path", "gs:// is not known"),
+        ({"data__cache": CacheConfig(max_gb=0)}, "data.cache.max_gb", "more than 0"),
+        ({"data__remote": RemoteConfig(timeout_s=float("inf"))}, "data.remote.timeout_s", "finite"),
+        ({"data__remote": RemoteConfig(retries=-1)}, "data.remote.retries", "at least 0"),
         ({"tokenizer__path": ""}, "tokenizer.path", "empty"),
         ({"cluster__num_nodes": 2}, "cluster.num_nodes", "+cluster=slurm"),
         ({"cluster__kind": "slurm", "cluster__device": "auto"}, "cluster.device", "cuda or cpu"),
