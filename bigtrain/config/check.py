@@ -272,6 +272,10 @@ def _data(config: Config, world: int) -> Iterator[Problem]:
         return
     if not data.prepare.out:
         yield Problem("data.prepare.out", data.prepare.out, "is empty, but data.prepare.inputs is not", "Name a folder")
+    elif locations.is_remote(data.prepare.out):
+        message = "shards are built on a disk"
+        fix = "Name a folder, and copy it there once it is built"
+        yield Problem("data.prepare.out", locations.shown(data.prepare.out), message, fix)
     if config.model.vocab_size < tokenizer.vocab_size:
         message = f"is smaller than tokenizer.vocab_size={tokenizer.vocab_size}"
         yield Problem(

@@ -40,7 +40,7 @@ class Folder(Protocol):
     def map(
         self, file: str, *, sha256: str, max_bytes: int, size_bytes: int | None = None, hold: bool = True
     ) -> np.ndarray:
-        """A file with this content, uint8[size], read-only. `hold`: asked for again and again, so keep it at hand.
+        """A file with this content, uint8[size], read-only. `hold`: it will be asked for again soon.
 
         Remote files are checked against the sha256 when they are fetched, those on a disk by `verify` only. Raises
         OSError or UserError."""
@@ -54,7 +54,6 @@ class LocalFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
-        self._maps: dict[str, np.ndarray] = {}
 
     def read(self, file: str) -> bytes:
         return (self.path / file).read_bytes()
@@ -62,13 +61,8 @@ class LocalFolder:
     def map(
         self, file: str, *, sha256: str, max_bytes: int, size_bytes: int | None = None, hold: bool = True
     ) -> np.ndarray:
-        found = self._maps.get(file)
-        if found is None:  # two threads may both map it: harmless
-            path = self.path / file
-            found = np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
-            if hold:
-                self._maps[file] = found
-        return found
+        path = self.path / file
+        return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
 
 
 class RemoteFolder:
@@ -140,7 +134,7 @@ class Places:
 
 def default_cache_dir() -> Path:
     """bigtrain/ in $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigtrain"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "bigtrain"
 
 
 def allow_open_files(number: int) -> None:

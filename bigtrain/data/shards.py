@@ -134,8 +134,11 @@ class Dataset:
         self._folder = folder
         self.index = index
         self._starts = np.cumsum([0, *(shard.num_documents for shard in index.shards)])
-        with ThreadPoolExecutor(_FETCHES_AT_A_TIME if folder.is_remote else 1) as pool:
-            self._documents = list(pool.map(self._load_documents, index.shards))
+        self._tars: list[np.ndarray | None] = [None] * len(index.shards)
+        """Maps of shards on a disk; those of remote ones are the cache's matter."""
+        with ThreadPoolExecutor(_FETCHES_AT_A_TIME) as pool:  # no thread is started for nothing
+            load = pool.map if folder.is_remote else map
+            self._documents = list(load(self._load_documents, index.shards))
 
     @staticmethod
     def open(path: str | os.PathLike[str], *, places: Places | None = None, check_sizes: bool = True) -> Dataset:
@@ -225,11 +228,16 @@ class Dataset:
     def tar(self, shard: int, cancelled: threading.Event | None = None) -> np.ndarray:
         """The bytes of a tar, uint8[size], read-only; fetched first where it is remote and not in the cache. Raises
         UserError where it cannot be, and remote.Cancelled."""
+        tar = self._tars[shard]
+        if tar is not None:
+            return tar
         about = self.index.shards[shard]
         size, folder = about.size_bytes, self._folder
         if isinstance(folder, RemoteFolder):
             return folder.map(about.file, sha256=about.sha256, max_bytes=size, size_bytes=size, cancelled=cancelled)
-        return folder.map(about.file, sha256=about.sha256, max_bytes=size, size_bytes=size)
+        tar = folder.map(about.file, sha256=about.sha256, max_bytes=size, size_bytes=size)
+        self._tars[shard] = tar  # two threads may both map it: harmless
+        return tar
 
     def _tokenizer_file(self) -> np.ndarray:
         return self._folder.map(TOKENIZER, sha256=self.index.tokenizer, max_bytes=_LARGEST_TOKENIZER_BYTES, hold=False)

@@ -237,6 +237,11 @@ def _get_object(request: dict[str, str], timeout_s: float) -> tuple[Any, Any]:
             return system, system.call_s3("get_object", **request)
         except NoCredentialsError:
             continue
+        except PermissionError:
+            if anonymous:
+                why = "the environment has no S3 credentials (AWS_ACCESS_KEY_ID, ...), and it is not public"
+                raise Refused(why) from None
+            raise
     raise AssertionError("an anonymous request needs no credentials")
 
 

@@ -85,6 +85,7 @@ def test_a_sound_config_has_no_problem() -> None:
         ({"data__train": [SourceConfig("")]}, "data.train.0.path", "empty"),
         ({"data__valid": [SourceConfig("v", -1.0)]}, "data.valid.0.weight", "more than 0"),
         ({"data__prepare": PrepareConfig(inputs=["*.py"])}, "data.prepare.out", "empty"),
+        ({"data__prepare": PrepareConfig(inputs=["*.py"], out="s3://b/x")}, "data.prepare.out", "built on a disk"),
         (
             {"data__prepare": PrepareConfig(inputs=["*.py"], out="out"), "model__vocab_size": 2048},
             "model.vocab_size",

@@ -48,9 +48,13 @@ def test_a_good_day(server: FaultyServer) -> None:
     assert [(request.range, request.status) for request in server.log] == [(None, 200)]
 
 
-@pytest.mark.parametrize("how", ["cut_after", "stall_after"])
-def test_a_broken_transfer_goes_on_where_it_was(server: FaultyServer, how: str) -> None:
-    server.fail(FILE, Fault(**{how: 300_000}), Fault(**{how: 100_000}))
+@pytest.mark.parametrize(
+    "faults",
+    [(Fault(cut_after=300_000), Fault(cut_after=100_000)), (Fault(stall_after=300_000), Fault(stall_after=100_000))],
+    ids=["cut", "stall"],
+)
+def test_a_broken_transfer_goes_on_where_it_was(server: FaultyServer, faults: tuple[Fault, Fault]) -> None:
+    server.fail(FILE, *faults)
     assert fetch(server) == CONTENT
     assert [(request.range, request.if_range, request.status) for request in server.log] == [
         (None, None, 200),
@@ -151,7 +155,7 @@ def test_damage_is_not_taken(server: FaultyServer) -> None:
     damaged = bytearray(CONTENT)
     damaged[350_000] ^= 1
     (server.folder / FILE).write_bytes(damaged)
-    with pytest.raises(UserError, match="its sha256 is not that of the index.*4 times in a row"):
+    with pytest.raises(UserError, match=r"its sha256 is not that of the index.*4 times in a row"):
         fetch(server)
     (server.folder / FILE).write_bytes(CONTENT + b"x")
     with pytest.raises(UserError, match="it has 700001 bytes, and the index says 700000"):

@@ -15,8 +15,16 @@ import pytest
 import torch
 
 from bigtrain.config.errors import UserError
-from bigtrain.config.schema import CacheConfig, Config, DataConfig, ModelConfig, RemoteConfig, SourceConfig
-from bigtrain.config.schema import TokenizerConfig, TrainConfig
+from bigtrain.config.schema import (
+    CacheConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RemoteConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from bigtrain.data import prepare
 from bigtrain.data.cache import Cache
 from bigtrain.data.folders import Places, allow_open_files, check_room
@@ -71,7 +79,8 @@ def test_the_same_as_on_the_disk(built: Path, server: FaultyServer, places: Plac
 def test_shards_come_at_their_first_use_and_only_then(server: FaultyServer, places: Places) -> None:
     dataset = Dataset.open(f"{server.url}/train", places=places)
     assert fetched(server) == []
-    dataset.tokens(0), dataset.tokens(1)
+    for document in (0, 1):
+        dataset.tokens(document)
     assert fetched(server) == ["/train/shard-000000.tar"]
     dataset.tokens(len(dataset) - 1)
     assert len(fetched(server)) == 2
