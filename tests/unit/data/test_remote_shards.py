@@ -142,6 +142,7 @@ def test_shards_of_later_steps_are_fetched_ahead(server: FaultyServer, places: P
     deadline = time.monotonic() + 10
     while not shards_of(ahead) <= set(fetched(server)) and time.monotonic() < deadline:
         time.sleep(0.02)
+    time.sleep(0.3)
     steps.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert len(shards_of(ahead)) > len(shards_of(3))  # what one worker reads by itself
     assert shards_of(ahead) <= set(fetched(server)) <= shards_of(ahead + 4)
