@@ -36,6 +36,7 @@ from bigtrain.config.errors import UserError
 
 _POLL_S = 0.05
 _HELD_MAPS = 16
+_HELD_SHARE = 0.25
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"[0-9a-f]{64}(?:\.(\d+)\.part)?")
 _log = logging.getLogger(__name__)
@@ -82,11 +83,18 @@ class Cache:
                 "this machine with space."
             ) from error
         if hold:
-            with self._guard:
-                self._held[sha256] = found
-                dropped = [self._held.popitem(last=False)[0] for _ in range(len(self._held) - _HELD_MAPS)]
-            self._touch(dropped)
+            self._hold(sha256, found)
         return found
+
+    def _hold(self, name: str, found: np.ndarray) -> None:
+        """Keep the newest maps: not many, and not so much that it could not be removed where space is needed."""
+        with self._guard:
+            self._held[name] = found
+            size = sum(len(each) for each in self._held.values())
+            while len(self._held) > 1 and (len(self._held) > _HELD_MAPS or size > self.max_bytes * _HELD_SHARE):
+                dropped, gone = self._held.popitem(last=False)
+                size -= len(gone)
+                self._touch([dropped])
 
     def _map_or_fetch(self, name: str, fill: Fill, reserve_bytes: int, size_bytes: int | None) -> np.ndarray:
         final, part = self.folder / name, self.folder / f"{name}.{reserve_bytes}.part"

@@ -131,6 +131,14 @@ def test_held_maps_are_given_up_for_space(tmp_path: Path) -> None:
     assert inside(cache) <= {3, 4, 5} and {4, 5} <= inside(cache)
 
 
+def test_few_files_are_held(tmp_path: Path) -> None:
+    cache, other_job = Cache(tmp_path, max_bytes=12 * SIZE), Cache(tmp_path, max_bytes=SIZE)
+    for number in range(12):
+        get(cache, number, hold=True)
+    get(other_job, 99)
+    assert inside(cache) == {9, 10, 11, 99}
+
+
 def test_a_cache_that_is_too_small_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(tmp_path, max_bytes=SIZE)
     for number in (1, 2):
