@@ -21,6 +21,7 @@ from bigtrain.data.cache import Cache
 from bigtrain.data.remote import Expected, Policy
 
 _FILES_OF_THE_REST = 512
+_MANY_FILES = 1 << 20
 _LARGEST_UNHASHED_BYTES = 1 << 30
 _CACHE_GB = 100.0
 _SHARDS_AT_A_TIME = 4
@@ -138,18 +139,20 @@ def default_cache_dir() -> Path:
 
 
 def allow_open_files(number: int) -> None:
-    """Raise this process's limit, as far as the system lets it, so that it can hold `number` memory-mapped files: each
-    map keeps its file open, and the usual limit is 1024. Raises UserError where the system does not let it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = number + _FILES_OF_THE_REST
-    if soft == resource.RLIM_INFINITY or needed <= soft:
-        return
-    if hard != resource.RLIM_INFINITY and needed > hard:
+    """Make sure that this process can hold `number` memory-mapped files: each map keeps its file open, and the usual
+    limit is 1024. Raises this process's limit where that is near. Raises UserError where the system does not let it."""
+    soft, hard = (_MANY_FILES if limit == resource.RLIM_INFINITY else limit for limit in _open_files_limits())
+    if number > soft // 4:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MANY_FILES)), _open_files_limits()[1]))
+    if number + _FILES_OF_THE_REST > hard:
         raise UserError(
             f"the data are {number} files, and a process may have {hard} open here (ulimit -Hn). Raise that, or build "
             "fewer and larger shards (tools/shards.py build --shard-tokens)."
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _open_files_limits() -> tuple[int, int]:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def check_room(cache: Cache, sizes: Sequence[Sequence[int]], fixed_bytes: int) -> None:

@@ -32,7 +32,10 @@ def main() -> int:
     options = parser.parse_args()
     port = free_port()
     command = [sys.executable, "-m", "http.server", "-b", "127.0.0.1", "-d", str(options.folder), str(port)]
-    with tempfile.TemporaryDirectory() as scratch, subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server,
+    ):
         try:
             _measure(options.folder, f"http://127.0.0.1:{port}", Path(scratch), options.sequences)
         finally:

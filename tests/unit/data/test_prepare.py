@@ -183,6 +183,9 @@ def test_the_command_says_errors_in_one_line(config: Config, tmp_path: Path, cap
     assert prepare.main([]) == 2
 
 
-def test_importing_it_takes_no_torch() -> None:
-    code = "import sys, bigtrain.data.prepare, bigtrain.data.order; sys.exit('torch' in sys.modules)"
+def test_importing_it_takes_no_torch_and_no_clients_of_servers() -> None:
+    code = (
+        "import sys, bigtrain.data.prepare, bigtrain.data.order; "
+        "sys.exit(not {'torch', 'requests', 'fsspec', 's3fs'}.isdisjoint(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -239,7 +239,7 @@ def test_more_files_than_the_usual_limit() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
-        allow_open_files(500)
+        allow_open_files(200)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 1024
         allow_open_files(2000)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 2000
