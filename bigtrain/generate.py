@@ -22,6 +22,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from bigtrain.config.errors import UserError
+from bigtrain.config.vendors import check_versions
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def main(argv: list[str]) -> int:
         arguments = parse(argv)
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
+        check_versions()
         _check_gpu(arguments.device)
         from bigtrain.engine.inference import continue_text, load
 

@@ -21,6 +21,7 @@ from bigtrain.config.derive import derive, describe, world_size
 from bigtrain.config.errors import UserError
 from bigtrain.config.help import help_text, keys_text
 from bigtrain.config.schema import Config
+from bigtrain.config.vendors import check_versions
 from bigtrain.launching import local, machine, outcome, slurm
 from bigtrain.launching.lock import only_launch
 from bigtrain.launching.plan import plan, prepare_command
@@ -79,6 +80,7 @@ def launch(config: Config, arguments: Arguments, *, began: float) -> int:
     """Check, freeze and run a resolved config, or only make it ready to run (--freeze); returns the exit status.
 
     `began`: when the command was given, of time.monotonic."""
+    check_versions()
     prepared = not config.data.prepare.inputs
     _refuse([*check(config, world_size(config)), *preflight(config, prepared=prepared)])
     if config.dry_run:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import load
+from bigtrain.config.vendors import check_versions
 from bigtrain.telemetry.console import Console
 
 
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
     # Vendors turn a KeyboardInterrupt in their imports into all sorts of errors. There is nothing to save before run().
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     try:
+        check_versions()
         config = load(arguments[0])
         console = Console(enabled=is_main, log_interval=config.tracker.log_interval)
         with console.phase("importing torch, DeepSpeed and Megatron"):

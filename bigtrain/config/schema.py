@@ -86,7 +86,8 @@ class ParallelConfig:
     zero_stage: int = 3
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters sharded over data ranks."""
     gather: str = _choice("auto", "auto", "microbatch", "step")
-    """ZeRO-3: gather parameters for each microbatch (least memory) or keep them for the step (least traffic)."""
+    """ZeRO-3: gather parameters for each microbatch (least memory) or keep them for the step (least traffic). auto:
+    for the step, where they take no more than a quarter of the memory that the training state leaves free."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,9 @@ class DataConfig:
     pack: str = _choice("concat", "concat", "best_fit")
     """concat: documents end to end, cut at the sequence length. best_fit: whole documents together as they fit, only
     longer ones cut; less than 1 % of the places stay empty. Attention is kept within each document either way."""
+    ledger: bool = True
+    """Write down what each data rank was fed in each step (RUN/ledger, 0.1 kB a step): `tools/batches.py audit` proves
+    from it that nothing was repeated or left out."""
     on_change: str = _choice("refuse", "refuse", "accept")
     """When a run goes on with other sources or weights than its checkpoint's. accept: the new mixture from there on,
     and nothing of what was consumed is repeated."""

@@ -57,6 +57,10 @@ class Lanes:
         self._documents = deal(self._num_tokens, num_lanes)
         self.num_tokens_of_lanes = [int(self._num_tokens[documents].sum()) for documents in self._documents]
         """Tokens of one epoch of each lane."""
+        self.streams = np.zeros(len(dataset), np.int64)
+        """int64[documents]: the lane of each."""
+        for lane, documents in enumerate(self._documents):
+            self.streams[documents] = lane
         self._epochs: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
         self._lock = threading.Lock()
 

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 
 from bigtrain.config.errors import UserError
 from bigtrain.data.held_out import HeldOut
+from bigtrain.data.ledger import digest
 from bigtrain.data.order import Cursor, Order, Window
 from bigtrain.data.read_ahead import with_read_ahead
 
@@ -52,12 +53,8 @@ class StepBatch:
     """After this batch: what a checkpoint saves once the step is done."""
     wait_s: float
     """Seconds that the caller waited for it."""
-
-
-class _Sequences(Protocol):
-    sequence_length: int
-
-    def sequence(self, number: int) -> Window: ...
+    digest: str = ""
+    """Of its tokens (data/ledger.py)."""
 
 
 def batches(
@@ -91,7 +88,8 @@ def batches(
 
     def read(step: int) -> StepBatch:
         cursor = order.cursor(start.num_sequences + (step + 1) * global_batch_size)
-        return StepBatch(_microbatches(order, numbers(step), micro_batch_size), cursor, 0.0)
+        windows = [order.sequence(number) for number in numbers(step)]
+        return StepBatch(_microbatches(windows, micro_batch_size), cursor, 0.0, digest(windows))
 
     if num_workers == 0:
         return _inline(read)
@@ -111,10 +109,8 @@ def evaluation_batches(
     """
     _check_sizes(data_size, global_batch_size, micro_batch_size)
     firsts = range(0, held_out.num_sequences, global_batch_size)
-    return (
-        _microbatches(held_out, range(first + data_rank, first + global_batch_size, data_size), micro_batch_size)
-        for first in firsts
-    )
+    shares = (range(first + data_rank, first + global_batch_size, data_size) for first in firsts)
+    return (_microbatches([_held_out(held_out, number) for number in share], micro_batch_size) for share in shares)
 
 
 def _check_sizes(data_size: int, global_batch_size: int, micro_batch_size: int) -> None:
@@ -156,19 +152,18 @@ class _Read(Protocol):
 
 
 def _waited(batch: StepBatch, began: float) -> StepBatch:
-    return StepBatch(batch.microbatches, batch.cursor, time.perf_counter() - began)
+    return replace(batch, wait_s=time.perf_counter() - began)
 
 
-def _microbatches(sequences: _Sequences, numbers: Sequence[int], micro_batch_size: int) -> tuple[Microbatch, ...]:
-    windows = [_window(sequences, number) for number in numbers]
+def _microbatches(windows: Sequence[Window], micro_batch_size: int) -> tuple[Microbatch, ...]:
     return tuple(
         microbatch(windows[first : first + micro_batch_size]) for first in range(0, len(windows), micro_batch_size)
     )
 
 
-def _window(sequences: _Sequences, number: int) -> Window:
-    """Sequence `number`, or past the end of held-out data an empty one."""
-    if isinstance(sequences, HeldOut) and number >= sequences.num_sequences:
+def _held_out(sequences: HeldOut, number: int) -> Window:
+    """Sequence `number`, or past the end an empty one."""
+    if number >= sequences.num_sequences:
         size = sequences.sequence_length + 1
         return Window(np.zeros(size, np.int64), np.zeros(size, np.bool_), 0, ())
     return sequences.sequence(number)

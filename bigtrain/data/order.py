@@ -64,6 +64,9 @@ class Cursor:
 class Sequences(Protocol):
     """The endless sequences of one source, in their order."""
 
+    streams: np.ndarray
+    """int64[documents]: which of the source's streams each is in; a stream ends an epoch before it begins the next."""
+
     def pieces(self, number: int) -> list[Piece]: ...
 
     def epochs(self, number: int) -> float: ...
@@ -167,6 +170,10 @@ class Order:
             dataset.name: sequences.epochs(consumed.get(name, 0))
             for name, dataset, sequences in zip(self._names, self.datasets, self._sequences, strict=True)
         }
+
+    def streams_of_documents(self, source: int) -> np.ndarray:
+        """int64[documents]: what an audit has to know. Each stream of a source goes through its epochs by itself."""
+        return self._sequences[source].streams
 
     def pieces(self, number: int) -> list[Piece]:
         """What is in global sequence `number`."""

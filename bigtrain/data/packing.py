@@ -38,6 +38,8 @@ class PackedSequences:
         self._bins = _joined(bins, parts)
         self._groups = np.repeat(np.arange(len(bins)), [len(each) for each in bins])
         self._seed, self._source = seed, source
+        self.streams = np.zeros(len(dataset), np.int64)
+        """int64[documents]: all documents go through an epoch together."""
         self._epochs: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         capacity = len(self._bins) * (sequence_length + 1)

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-KNOWN_VERSIONS = ("0.16.1",)
-
 
 class _CpuTorch:
     """`torch` as schedules.py sees it: the literal ``device="cuda"`` means the CPU."""

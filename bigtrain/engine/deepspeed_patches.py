@@ -11,8 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-KNOWN_VERSIONS = ("0.19.8",)
-
 
 def apply(sharding_group: Any) -> None:
     """Patch DeepSpeed for ranks that run different modules. Applying it again replaces the group."""
@@ -82,8 +80,7 @@ class _Works:
 
 def _assert_same_in_group(ints: list[int], group: Any) -> None:
     mine = torch.tensor([len(ints), hash(tuple(ints)) & 0x7FFFFFFF], dtype=torch.int64)  # on the host: gloo
-    low, high = mine.clone(), mine.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
-    if not torch.equal(low, high):
+    extremes = torch.stack([mine, -mine])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)  # the largest, and the smallest negated
+    if not torch.equal(extremes[0], -extremes[1]):
         raise RuntimeError("ZeRO-3: the ranks of one data-parallel group ran their modules in different orders")

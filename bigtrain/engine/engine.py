@@ -69,9 +69,11 @@ class Engine:
         on_gpu = runtime.device.type == "cuda"
         if not on_gpu:
             deepspeed_patches.apply_on_cpu()
-        self._keeps_gathered = config.parallel.zero_stage == 3 and keep_gathered(config, runtime)
-        settings = deepspeed_config(config, keep_gathered=self._keeps_gathered, on_gpu=on_gpu)
+        self.keeps_gathered = config.parallel.zero_stage == 3 and keep_gathered(config, runtime)
+        """`parallel.gather`, decided: ZeRO-3 gathers each weight once a step."""
+        settings = deepspeed_config(config, keep_gathered=self.keeps_gathered, on_gpu=on_gpu)
         self.chunks = self._build_chunks(deepspeed, settings)
+        self._shards = [each for chunk in self.chunks for each in shards_of(chunk, runtime.topology)]
         self._tied = self._tied_weight()
         stage = Stage(self.chunks, self._tied)
         self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -81,7 +83,7 @@ class Engine:
             mpu=self.mpu,
             dist_init_required=False,
         )
-        releases_late = config.parallel.zero_stage == 3 and config.parallel.pipeline > 1 and not self._keeps_gathered
+        releases_late = config.parallel.zero_stage == 3 and config.parallel.pipeline > 1 and not self.keeps_gathered
         self._releases = [Releases(chunk) for chunk in self.chunks] if releases_late else []
         self._handles = [Handle(chunk, partial(self._forward, index)) for index, chunk in enumerate(self.chunks)]
         self._schedule = get_forward_backward_func()
@@ -92,10 +94,9 @@ class Engine:
         self.grad_norm = 0.0
         """Of the last step, before clipping."""
 
-    def shards(self) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
+    def shards(self) -> list[tuple[Shard, torch.nn.Parameter]]:
         """Every parameter of this stage with its place in the whole model."""
-        for chunk in self.chunks:
-            yield from shards_of(chunk, self.runtime.topology)
+        return self._shards
 
     def _build_chunks(self, deepspeed: Any, settings: dict[str, Any]) -> list[Decoder]:
         """Under ZeRO-3 each parameter is cut up as soon as its module is made, and only this rank's piece is filled."""
@@ -159,8 +160,8 @@ class Engine:
             self.optimizer.override_loss_scale(self.loss_scale.value)
             scale = scale * self.loss_scale.value
         nats = self._run(microbatches, scale, forward_only=False)
-        if self._tied is not None:
-            self._forward(TIED).backward()
+        for part in self._tied.summed() if self._tied is not None else ():
+            self._forward(TIED, gradient=part).backward()
         return LossSum(nats, tokens)
 
     @torch.no_grad()
@@ -182,7 +183,8 @@ class Engine:
             self.optimizer.grad_partitions_flat_buffer.zero_()
         self.steps_taken += 1
         self.grad_norm = float(self._deepspeed.get_global_grad_norm())
-        self.loss_scale.update(overflowed=not math.isfinite(self.grad_norm))
+        if self.config.precision.dtype == "fp16":
+            self.loss_scale.update(overflowed=not math.isfinite(self.grad_norm))
         return self.grad_norm
 
     def _run(self, microbatches: Sequence[Microbatch], scale: torch.Tensor, *, forward_only: bool) -> torch.Tensor:
@@ -196,7 +198,7 @@ class Engine:
                 len(microbatches), runtime.topology.pipeline
             )
         iterators = [iter(microbatches) for _ in self.chunks]
-        with held(parameter for _, parameter in self.shards()) if self._keeps_gathered else nullcontext():
+        with held(parameter for _, parameter in self.shards()) if self.keeps_gathered else nullcontext():
             sums = self._schedule(
                 forward_step_func=self._forward_step(scale.to(runtime.device)),
                 data_iterator=iterators if interleaved else iterators[0],

@@ -5,29 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from bigtrain.config.derive import BYTES_OF_DTYPE, parameters_of_stages
+from bigtrain.config.derive import state_bytes
 from bigtrain.config.schema import Config
 from bigtrain.distributed.start import Runtime
 
 SHARE_OF_FREE_MEMORY = 0.25
-"""`auto` keeps the weights where all of them together take no more of the free memory than this: activations and the
-gradient buckets need the rest."""
+"""`auto` keeps the weights where all of them together take no more than this of the memory that the training state
+leaves free: activations and the gradient buckets need the rest."""
 
 
 def keep_gathered(config: Config, runtime: Runtime) -> bool:
     """`parallel.gather` decided. Collective: the ranks must gather alike, so one with little memory decides for all."""
     if config.parallel.gather != "auto":
         return config.parallel.gather == "step"
-    parallel = config.parallel
-    weights = max(stage.per_rank(parallel.tensor) for stage in parameters_of_stages(config.model, parallel))
-    fits = weights * BYTES_OF_DTYPE[config.precision.dtype] <= SHARE_OF_FREE_MEMORY * free_bytes(runtime.device)
+    stages = state_bytes(config, runtime.topology.data)
+    state = max(stage.weights + stage.gradients + stage.optimizer for stage in stages)
+    free = free_bytes(runtime.device) - state  # none of it is there yet
+    fits = max(stage.gathered for stage in stages) <= SHARE_OF_FREE_MEMORY * free
     vote = torch.tensor([int(fits)], device=runtime.device)
     return bool(runtime.all_reduce(vote, op=dist.ReduceOp.MIN).item())
 
@@ -71,43 +72,30 @@ class Releases:
             module.ds_grads_remaining = count
 
 
-class GatherMeter:
-    """Counts, in the collectives themselves, what ZeRO-3 gathers on this rank while the block runs.
-
-    with GatherMeter(parameters) as meter: engine.forward_backward(...)"""
-
-    bytes_gathered = 0
-    """Of all gathered weights, this rank's own part included."""
-    peak_bytes_held = 0
-    """Of whole weights that were there, or on their way, at one time."""
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """`parameters`: those under ZeRO-3."""
-        self._parameters: list[Any] = list(parameters)
-
-    def __enter__(self) -> GatherMeter:
-        self._backend: Any = import_module("deepspeed.comm.comm").cdb
-        self._original = self._backend.all_gather_into_tensor
-        self._backend.all_gather_into_tensor = self._gather
-        self._look()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        del self._backend.all_gather_into_tensor  # the class's method is seen again
-
-    def _gather(self, output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.bytes_gathered += output_tensor.nbytes
-        handle = self._original(output_tensor, *args, **kwargs)
-        self._look()
-        return handle
-
-    def _look(self) -> None:
-        held = sum(p.ds_numel * p.element_size() for p in self._parameters if p.ds_status.name != "NOT_AVAILABLE")
-        self.peak_bytes_held = max(self.peak_bytes_held, held)
-
-
 def free_bytes(device: torch.device) -> int:
     """Memory that this rank may still take: of its GPU, or its part of the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    left = min(psutil.virtual_memory().available, _left_in_cgroup(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+    return left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _left_in_cgroup(own: Path, root: Path) -> int:
+    """Bytes under the tightest memory limit of this process's cgroups (version 2), as Slurm and containers set them;
+    without one, more than any machine has. `own`: the file that names this process's group."""
+    left = 1 << 62
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return left
+    group = root / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    for folder in [group, *group.parents]:
+        try:
+            most, used = (
+                (folder / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current")
+            )
+        except OSError:
+            continue
+        if most != "max":
+            left = min(left, max(int(most) - int(used), 0))
+    return left

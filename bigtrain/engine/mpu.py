@@ -22,6 +22,8 @@ COUNTS_ONLY_MARKED = 1
 
 
 class Mpu:
+    """The object that `deepspeed.initialize` and `deepspeed.zero.Init` take as `mpu`."""
+
     def __init__(self, runtime: Runtime, *, zero_stage: int) -> None:
         self._runtime = runtime
         self.sharding_group = runtime.groups.dp if zero_stage > 0 else _group_of_one()
@@ -58,5 +60,4 @@ class Mpu:
 
 
 def _group_of_one() -> Any:
-    group, _ = dist.new_subgroups(group_size=1)
-    return group
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)

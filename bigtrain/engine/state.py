@@ -66,7 +66,7 @@ def after_load(engine: Engine, adam_step: int) -> None:
 @contextmanager
 def gradients_of_next_step(engine: Engine) -> Iterator[list[Fragment]]:
     """Fills the list, during the optimizer step that the block takes, with copies of the gradients before clipping
-    (kind "grad"): reduced over the data ranks, fp32."""
+    (kind "grad"): reduced over the data ranks, fp32. It stays empty where the step is skipped for an overflow."""
     found: dict[torch.Tensor, torch.Tensor] = {}
 
     def keep(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
@@ -79,6 +79,8 @@ def gradients_of_next_step(engine: Engine) -> Iterator[list[Fragment]]:
         yield result
     finally:
         hook.remove()
+    if not found:
+        return
     clip = engine.config.train.grad_clip
     clipped_by = max(1.0, (engine.grad_norm + 1e-6) / clip) if clip > 0 else 1.0
     result.extend(_fragments(engine, lambda flat: {"grad": found[flat] * clipped_by}))

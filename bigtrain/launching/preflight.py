@@ -23,6 +23,7 @@ UNCHANGING = [
     "data.on_change",
     "data.cache.",
     "data.remote.",
+    "data.ledger",
     "parallel.gather",
     "train.recompute",
     "train.stop_after",

@@ -23,5 +23,5 @@ class LossScale:
         self.good_steps = 0 if overflowed else self.good_steps + 1
         if overflowed:
             self.value = max(self.value / 2, SMALLEST)
-        elif self.good_steps == self.window:
+        elif self.good_steps >= self.window:
             self.value, self.good_steps = min(self.value * 2, LARGEST), 0

@@ -15,6 +15,7 @@ from bigtrain.engine.engine import Engine
 from bigtrain.optim.schedule import share_of_peak
 from bigtrain.telemetry.recorder import Recorder
 from bigtrain.trainer.evaluator import Evaluator
+from bigtrain.trainer.ledger_file import LedgerFile
 from bigtrain.trainer.saver import Saver
 from bigtrain.trainer.stopping import StopSignal
 
@@ -54,6 +55,7 @@ def fit(
     evaluator: Evaluator | None,
     saver: Saver,
     recorder: Recorder,
+    ledger: LedgerFile,
     throughput: Throughput,
     stop: StopSignal,
 ) -> Position:
@@ -66,6 +68,7 @@ def fit(
         lr = config.optim.lr * share_of_peak(position.step, num_steps(config.train), config.schedule)
         grad_norm = engine.optimizer_step(lr)
         position = position.after(batch)
+        ledger.record(position.step, batch)
 
         step_time_s = seconds()
         tokens_per_second = tokens_per_step(config.train) / step_time_s

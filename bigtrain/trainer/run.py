@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.peak import device_peak
 from bigtrain.telemetry.recorder import Recorder
 from bigtrain.telemetry.report import write_report
+from bigtrain.trainer.ledger_file import LedgerFile
 from bigtrain.trainer.loop import Position, Throughput, fit, last_step
 from bigtrain.trainer.run_data import RunData
 from bigtrain.trainer.saver import Saver, checkpoint_to_resume
@@ -48,20 +50,26 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             accept = config.data.on_change == "accept"
             if data.order.go_on_from(position.cursor, accept_change=accept):
                 console.note(f"data.train: another mixture from sequence {position.cursor.num_sequences:,} on")
+    if config.parallel.zero_stage == 3:
+        console.note(f"weights are gathered once a {'step' if engine.keeps_gathered else 'microbatch'}")
     console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")
     if position.step >= last_step(config) and tells_of(run_dir, position.step):
         console.note(f"already finished: {position.step:,} steps")
         return stop()
     throughput = _throughput(config, runtime, console)
 
-    with Recorder(
-        run_dir,
-        config,
-        num_steps=last_step(config),
-        resume_step=position.step,
-        console=console,
-        is_writer=runtime.is_main,
-    ) as recorder:
+    ledger = LedgerFile(run_dir, config, runtime.topology, resume_step=position.step)
+    with (
+        closing(ledger),
+        Recorder(
+            run_dir,
+            config,
+            num_steps=last_step(config),
+            resume_step=position.step,
+            console=console,
+            is_writer=runtime.is_main,
+        ) as recorder,
+    ):
         position = fit(
             config,
             position,
@@ -70,6 +78,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             evaluator=data.evaluator(),
             saver=saver,
             recorder=recorder,
+            ledger=ledger,
             throughput=throughput,
             stop=stop_signal,
         )

@@ -57,14 +57,20 @@ def config(model: ModelConfig = LLAMA, *, dtype: str = "fp32", recompute: str = 
 
 
 def global_batch(step: int, vocab_size: int = LLAMA.vocab_size) -> list[Microbatch]:
-    """The same batch for every layout, as microbatches: packed documents of random length, with structure to learn."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    rows = torch.randint(0, vocab_size // 4, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator).cumsum(1) % vocab_size
-    starts = torch.rand(GLOBAL_BATCH, SEQUENCE + 1, generator=generator) < 0.05
+    """The same batch for every layout, of the small sizes."""
+    return packed_batch(1000 + step, vocab_size, GLOBAL_BATCH, MICRO_BATCH, SEQUENCE)
+
+
+def packed_batch(seed: int, vocab_size: int, size: int, micro_size: int, length: int) -> list[Microbatch]:
+    """`size` sequences of `length` tokens as microbatches of `micro_size`: packed documents of random length (the first
+    sequence is a single one), with structure to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, max(vocab_size // 4, 2), (size, length + 1), generator=generator).cumsum(1) % vocab_size
+    starts = torch.rand(size, length + 1, generator=generator) < 2.4 / length
     starts[:, 0] = True
     starts[0, 1:] = False
     documents = starts.cumsum(1) - 1
-    place = torch.arange(SEQUENCE + 1).expand_as(rows)
+    place = torch.arange(length + 1).expand_as(rows)
     positions = place - torch.where(starts, place, 0).cummax(1).values
     return [
         Microbatch(
@@ -75,7 +81,7 @@ def global_batch(step: int, vocab_size: int = LLAMA.vocab_size) -> list[Microbat
             documents_BS=documents[part, :-1].int(),
             single_document=False,
         )
-        for part in (slice(i, i + MICRO_BATCH) for i in range(0, GLOBAL_BATCH, MICRO_BATCH))
+        for part in (slice(i, i + micro_size) for i in range(0, size, micro_size))
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bigtrain.config.schema import Config
+from bigtrain.config.schema import Config, ModelConfig
 from tests.distributed import small
 from tests.distributed.harness import PoolFactory, RankError
 
@@ -63,21 +63,36 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"zero_stage": 2, "tensor": 4}),
     (4, {"zero_stage": 3}),
     (2, {"zero_stage": 0, "dtype": "bf16"}),
+    (4, {"zero_stage": 3, "pipeline": 2, "tensor": 2}),
+    (2, {"zero_stage": 1, "pipeline": 2, "virtual_pipeline": 2}),
+    (4, {"zero_stage": 2, "pipeline": 4}),
 ]
+TIED = replace(small.GPT2, num_layers=5)
+"""Uneven stages, and an embedding that the first and the last stage hold."""
 
 
 @pytest.mark.parametrize(
-    ("source", "targets"), [(0, (1, 2, 3, 4, 0)), (1, (0,)), (2, (4,)), (4, (2,))], ids=["z3t2", "one", "z1d2", "z3d4"]
+    ("model", "source", "targets"),
+    [
+        (small.LLAMA, 0, (1, 2, 3, 4, 0)),
+        (small.LLAMA, 1, (0,)),
+        (small.LLAMA, 2, (4,)),
+        (small.LLAMA, 4, (2,)),
+        (TIED, 6, (1, 7, 6)),
+        (TIED, 1, (6, 8)),
+        (TIED, 8, (7,)),
+    ],
+    ids=["z3t2", "one", "z1d2", "z3d4", "tied z3t2p2", "tied one", "tied z2p4"],
 )
 def test_any_layout_loads_what_another_saved(
-    pool: PoolFactory, tmp_path: Path, source: int, targets: tuple[int, ...]
+    pool: PoolFactory, tmp_path: Path, model: ModelConfig, source: int, targets: tuple[int, ...]
 ) -> None:
     world, layout = LAYOUTS[source]
-    ranks = pool(world).run(train_and_save, small.config(**layout), tmp_path, 3, 2)
+    ranks = pool(world).run(train_and_save, small.config(model, **layout), tmp_path, 3, 2)
     saved = {kind: small.assemble([pieces[kind] for pieces, _ in ranks]) for kind in KINDS}
     for target in targets:
         world, layout = LAYOUTS[target]
-        loaded = pool(world).run(load_and_train, small.config(**layout), tmp_path / "step-00000003", 2)
+        loaded = pool(world).run(load_and_train, small.config(model, **layout), tmp_path / "step-00000003", 2)
         for kind in KINDS:
             whole = small.assemble([pieces[kind] for pieces, _ in loaded])
             assert whole.keys() == saved[kind].keys()

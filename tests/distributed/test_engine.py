@@ -327,12 +327,18 @@ EVALUATED: list[tuple[int, dict[str, Any]]] = [
     (4, {"zero_stage": 3, "gather": "step", "tensor": 2}),
     (4, {"zero_stage": 3, "gather": "step", "tensor": 2, "recompute": "full"}),
     (2, {"zero_stage": 1, "tensor": 2, "sequence": True}),
+    (2, {"zero_stage": 1, "pipeline": 2}),
+    (4, {"zero_stage": 3, "gather": "microbatch", "pipeline": 2, "tensor": 2}),
+    (4, {"zero_stage": 3, "pipeline": 2, "virtual_pipeline": 2}),
+    (8, {"zero_stage": 1, "pipeline": 4}),
 ]
+"""The last: two microbatches for four stages."""
 
 
 @pytest.mark.parametrize(("world", "layout"), EVALUATED)
 def test_evaluation_is_the_oracles_and_changes_nothing(pool: PoolFactory, world: int, layout: dict[str, Any]) -> None:
-    config = small.config(**layout)
+    stages = layout.get("pipeline", 1) * layout.get("virtual_pipeline", 1)
+    config = small.config(replace(small.LLAMA, num_layers=stages + 1 if stages > 1 else 2), **layout)
     ranks = pool(world).run(train_and_evaluate, config, 3, True)
     undisturbed = pool(world).run(train_and_evaluate, config, 3, False)
     initial = small.assemble([rank.initial for rank in ranks])

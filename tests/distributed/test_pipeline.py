@@ -58,6 +58,61 @@ def test_fewer_microbatches_than_stages(pool: PoolFactory, model: str, parallel:
     test_oracle.check(small.config(test_oracle.MODELS[model], **parallel), pool, 8, model)
 
 
+@pytest.mark.parametrize(
+    ("world", "model", "parallel"),
+    [
+        (4, "llama5", layout(3, 2, virtual_pipeline=2)),
+        (4, "gpt2_5", layout(3, 4)),
+        (2, "gpt2_5", layout(3, 2, recompute="full")),
+        (2, "llama5", layout(3, 2, virtual_pipeline=2, recompute="selective")),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
+)
+def test_gathering_for_each_microbatch(pool: PoolFactory, world: int, model: str, parallel: dict[str, Any]) -> None:
+    """What `parallel.gather=auto` does only where memory is short."""
+    config = small.config(test_oracle.MODELS[model], gather="microbatch", **parallel)
+    test_oracle.check(config, pool, world, model)
+
+
+@pytest.mark.parametrize(
+    ("world", "model", "parallel"),
+    [
+        (4, "gpt2_5", layout(1, 2, tensor=2, sequence=True, recompute="full")),
+        (4, "gpt2_5", layout(3, 2, virtual_pipeline=2, recompute="selective")),
+        (8, "llama5", layout(3, 4, recompute="full")),
+    ],
+    ids=["tied, sequence", "tied, chunks", "fewer microbatches than stages"],
+)
+def test_recompute_with_others(pool: PoolFactory, world: int, model: str, parallel: dict[str, Any]) -> None:
+    test_oracle.check(small.config(test_oracle.MODELS[model], **parallel), pool, world, model)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_dropout_and_recompute_draw_the_same_on_every_stage(pool: PoolFactory, zero: int) -> None:
+    model = replace(GPT2_5, hidden_dropout=0.2, attention_dropout=0.2)
+    plain, again, recomputed = (
+        pool(2).run(train, small.config(model, recompute=recompute, **layout(zero, 2)), 3)[0].losses
+        for recompute in ("none", "none", "full")
+    )
+    assert plain == again == recomputed
+    without = pool(2).run(train, small.config(GPT2_5, **layout(zero, 2)), 1)[0].losses
+    assert plain[0] != without[0]
+
+
+def test_the_gradient_of_a_tied_weight_is_summed_in_fp32(pool: PoolFactory) -> None:
+    """Over microbatches and stages; a sum that bf16 held would be a bf16 number."""
+    for zero in (0, 2, 3):
+        exact, rounded = (
+            small.assemble(
+                [r.gradients for r in pool(2).run(small.train, small.config(GPT2_5, dtype=d, **layout(zero, 2)), 1)]
+            )
+            for d in ("fp32", "bf16")
+        )
+        name = "embedding.word_embeddings.weight"
+        assert (rounded[name] - exact[name]).norm() < 0.03 * exact[name].norm()
+        assert not torch.equal(rounded[name], rounded[name].bfloat16().float())
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("zero", [1, 3])
 def test_recompute(pool: PoolFactory, zero: int, recompute: str) -> None:

@@ -7,7 +7,10 @@ vendors' sources are read; nothing of them is imported.
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
@@ -15,8 +18,8 @@ from pathlib import Path
 import pytest
 
 import bigtrain
+from bigtrain.config import vendors
 from bigtrain.config.errors import UserError
-from bigtrain.engine import vendor
 
 MEGATRON, DEEPSPEED = "megatron-core", "deepspeed"
 FILES = {
@@ -27,6 +30,8 @@ FILES = {
     "random.py": (MEGATRON, "megatron/core/tensor_parallel/random.py"),
     "torch_norm.py": (MEGATRON, "megatron/core/transformer/torch_norm.py"),
     "comm/torch.py": (DEEPSPEED, "deepspeed/comm/torch.py"),
+    "zero/stage3.py": (DEEPSPEED, "deepspeed/runtime/zero/stage3.py"),
+    "zero/stage_1_and_2.py": (DEEPSPEED, "deepspeed/runtime/zero/stage_1_and_2.py"),
     "zero/utils.py": (DEEPSPEED, "deepspeed/runtime/zero/utils.py"),
     "engine.py": (DEEPSPEED, "deepspeed/runtime/engine.py"),
     "parameter_offload.py": (DEEPSPEED, "deepspeed/runtime/zero/parameter_offload.py"),
@@ -148,12 +153,44 @@ def test_the_coordinator_reads_the_name_that_we_replace() -> None:
 
 
 def test_the_installed_versions_are_known() -> None:
-    vendor.check_versions()
+    vendors.check_versions()
 
 
 @pytest.mark.parametrize("package", [MEGATRON, DEEPSPEED])
 def test_another_version_is_refused(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = vendor.version
-    monkeypatch.setattr(vendor, "version", lambda name: "99.0" if name == package else real(name))
+    real = vendors.version
+    monkeypatch.setattr(vendors, "version", lambda name: "99.0" if name == package else real(name))
     with pytest.raises(UserError, match=rf"{package} 99\.0 is installed, .*pip install {package}=={real(package)}"):
-        vendor.check_versions()
+        vendors.check_versions()
+
+
+@pytest.mark.parametrize("command", ["launch", "train", "generate"])
+def test_another_version_is_refused_before_anything_is_imported(tmp_path: Path, command: str) -> None:
+    """A vendor that has moved a name would end in an ImportError."""
+    installed = tmp_path / "deepspeed-99.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 99.0\n")
+    for package in ("deepspeed", "megatron", "torch"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('too early')")
+    arguments = {"launch": ["dry_run=true"], "train": ["nowhere"], "generate": ["checkpoint=nowhere"]}[command]
+    done = subprocess.run(
+        [sys.executable, "-m", f"bigtrain.{command}", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: deepspeed 99.0 is installed, and bigtrain works around lines of 0.19.8")
+
+
+def test_zero_3_overwrites_a_gradient_only_in_the_first_backward_of_a_step() -> None:
+    """The engine zeroes the buffer behind each step, for a chunk whose first backward comes later."""
+    assert "if self.micro_step_id == 0:  # don't accumulate" in function("zero/stage3.py", "partition_grads")
+
+
+def test_the_loss_scale_changes_before_the_gradients_are_divided_by_it() -> None:
+    """So the scale is ours (optim/loss_scale.py)."""
+    step = function("zero/stage_1_and_2.py", "step", within="DeepSpeedZeroOptimizer")
+    assert step.index("_update_scale") < step.index("unscale_and_clip_grads")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,13 @@ from typing import TYPE_CHECKING
 from bigtrain.config.errors import UserError
 
 if TYPE_CHECKING:
+    from bigtrain.config.schema import ModelConfig
     from tools.layouts import Certificate, Row
 
+LEGEND = (
+    "loss: of any step. gradient norm: of any step, over all parameters, before clipping. gradients: the largest of "
+    "any parameter, as a share of its norm. weights: likewise, after the last step."
+)
 COLUMNS = ("layout", "ranks", "loss", "gradient norm", "gradients", "weights", "verdict")
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
@@ -22,6 +28,7 @@ STYLE = (
 
 
 def cells(row: Row) -> list[str]:
+    """A row of the table, under `COLUMNS`."""
     found = row.deviation
     numbers = [found.loss, found.grad_norm, found.gradient, found.weight] if found is not None else []
     shown = [f"{number:.1e}" for number in numbers] or ["-"] * 4
@@ -29,18 +36,32 @@ def cells(row: Row) -> list[str]:
 
 
 def bounds_line(certificate: Certificate) -> str:
+    """What deviations are allowed, and why these."""
     bounds = certificate.bounds
     weight = "reported only" if bounds.weight is None else f"{bounds.weight:g}"
     return (
-        f"bounds: loss {bounds.loss:g}, gradient norm {bounds.grad_norm:g}, gradients {bounds.gradient:g} of their "
+        f"bounds: loss {bounds.loss:g}, gradient norm {bounds.first_grad_norm:g} in the first step and "
+        f"{bounds.grad_norm:g} later, gradients {bounds.gradient:g} of their "
         f"norm, weights {weight}. {bounds.why}"
     )
 
 
+def model_line(model: ModelConfig) -> str:
+    """The shape of the model, in words."""
+    tied = "tied" if model.tie_embeddings else "untied"
+    return (
+        f"model: {model.name}, {model.num_layers} layers of {model.hidden_size}, {model.num_attention_heads} heads in "
+        f"{model.num_query_groups} groups, feed-forward {model.ffn_hidden_size}, vocabulary {model.vocab_size}; "
+        f"{model.position} positions, {model.norm}, {model.activation}, {tied} embeddings"
+    )
+
+
 def outcome(certificate: Certificate) -> str:
+    """The certificate in a line or two."""
     rows = certificate.rows
     bad, refused = sum(row.is_bad for row in rows), sum(row.refused is not None for row in rows)
-    said = f"{certificate.num_certified} of {len(rows)} layouts compute the oracle's run"
+    said = "" if certificate.is_complete else f"INCOMPLETE, {certificate.num_planned - len(rows)} not run: "
+    said += f"{certificate.num_certified} of {len(rows)} layouts compute the oracle's run"
     said += f"; {refused} refused before any rank started" if refused else ""
     said += f"; {bad} DEVIATE" if bad else ""
     apart = "in no bit" if certificate.documents_are_apart else "SHOWS THROUGH"
@@ -55,34 +76,53 @@ def summary(certificate: Certificate) -> str:
         "  ".join([*(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)), line[-1]])
         for line in table
     ]
-    return "\n".join(["", *lines, "", bounds_line(certificate), outcome(certificate)])
+    return "\n".join(["", *lines, "", LEGEND, bounds_line(certificate), outcome(certificate)])
+
+
+def require_writable(*paths: Path) -> None:
+    """Makes the folders of these files. Raises UserError where one cannot be written."""
+    for path in paths:
+        try:
+            is_new = not path.exists()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a"):
+                pass
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written: {error.strerror}. Give --json and --page other places.")
 
 
 def write(certificate: Certificate, to_json: Path, to_page: Path) -> None:
-    """Raises UserError where a file cannot be written."""
+    """Also makes their folders. Raises UserError where a file cannot be written."""
     versions = {name: version(name) for name in ("bigtrain", "torch", "deepspeed", "megatron-core", "transformers")}
     record = {
         "holds": certificate.holds,
+        "complete": certificate.is_complete,
         "outcome": outcome(certificate),
         "versions": versions,
         **certificate.settings,
+        "model": asdict(certificate.model),
         "bounds": vars(certificate.bounds),
         "documents_are_apart": certificate.documents_are_apart,
         "layouts": [
             {"layout": row.layout, "ranks": row.ranks, "seconds": round(row.seconds, 1), "verdict": row.verdict}
             | (row.deviation.as_json() if row.deviation is not None else {})
+            | ({"report": row.report} if row.report is not None else {})
             for row in certificate.rows
         ],
     }
     texts = {to_json: json.dumps(record, indent=1) + "\n", to_page: _page(certificate, versions)}
     for path, text in texts.items():
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written: {error.strerror}. Give --json and --page other places."
-            ) from error
-        print(path)
+            raise _unwritable(path, error) from error
 
 
 def _page(certificate: Certificate, versions: dict[str, str]) -> str:
@@ -96,6 +136,8 @@ def _page(certificate: Certificate, versions: dict[str, str]) -> str:
         "Largest relative deviation of each layout from Hugging Face Transformers in a bare PyTorch loop, "
         f"{certificate.settings['steps']} steps; settings: "
         f"{' '.join(certificate.settings['overrides']) or 'the defaults'}.",
+        model_line(certificate.model),
+        LEGEND,
         bounds_line(certificate),
         ", ".join(f"{name} {number}" for name, number in versions.items()),
     ]

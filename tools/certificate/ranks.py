@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from bigtrain.config.schema import Config
 from bigtrain.data.loader import Microbatch
-from tests.distributed.small import Pieces, pieces
+from tests.distributed.small import Pieces, packed_batch, pieces
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Run:
     grad_norms: list[float]
     initial: Pieces
     gradients: list[Pieces]
-    """Of each of the first steps, before clipping."""
+    """Of each of the first steps, before clipping; none of a step that was skipped for an overflow."""
     final: Pieces
 
 
@@ -37,9 +38,9 @@ def train(config: Config, steps: int, keep_gradients: int) -> Run:
     gradients: list[Pieces] = []
     for step in range(steps):
         loss = engine.forward_backward(global_batch(config, step)[topology.data_rank :: topology.data])
-        with state.gradients_of_next_step(engine) as found:
+        with state.gradients_of_next_step(engine) if step < keep_gradients else nullcontext() as found:
             norms.append(engine.optimizer_step(config.optim.lr))
-        if step < keep_gradients:
+        if found is not None:
             gradients.append(pieces(found, "grad"))
         losses.append(loss.mean.item())
     return Run(losses, norms, initial, gradients, pieces(state.fragments(engine), "weight"))
@@ -67,25 +68,12 @@ def other_document_shows(config: Config) -> bool:
 
 
 def global_batch(config: Config, step: int) -> list[Microbatch]:
-    """The same for every layout, as microbatches: packed documents of random length, with structure to learn."""
-    size, length, vocab = config.train.global_batch_size, config.train.sequence_length, config.model.vocab_size
-    generator = torch.Generator().manual_seed(config.run.seed + step)
-    rows = torch.randint(0, max(vocab // 4, 2), (size, length + 1), generator=generator).cumsum(1) % vocab
-    starts = torch.rand(size, length + 1, generator=generator) < 3 / length
-    starts[:, 0] = True
-    place = torch.arange(length + 1).expand_as(rows)
-    positions = place - torch.where(starts, place, 0).cummax(1).values
-    return [
-        Microbatch(
-            tokens_BS=rows[part, :-1],
-            targets_BS=rows[part, 1:],
-            loss_mask_BS=~starts[part, 1:],
-            positions_BS=positions[part, :-1],
-            documents_BS=(starts.cumsum(1) - 1)[part, :-1].int(),
-            single_document=False,
-        )
-        for part in (
-            slice(first, first + config.train.micro_batch_size)
-            for first in range(0, size, config.train.micro_batch_size)
-        )
-    ]
+    """The same for every layout, in the config's sizes."""
+    train = config.train
+    return packed_batch(
+        config.run.seed + step,
+        config.model.vocab_size,
+        train.global_batch_size,
+        train.micro_batch_size,
+        train.sequence_length,
+    )

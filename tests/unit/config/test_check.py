@@ -58,6 +58,11 @@ def test_a_sound_config_has_no_problem() -> None:
         ({"parallel__virtual_pipeline": 2}, "parallel.virtual_pipeline", "there is one stage"),
         ({"precision__loss_scale_window": 0}, "precision.loss_scale_window", "at least 1"),
         ({"parallel__sequence": True}, "parallel.sequence", "one rank"),
+        (
+            {"parallel__sequence": True, "parallel__tensor": 2, "train__sequence_length": 255},
+            "train.sequence_length",
+            "254 or 256",
+        ),
         ({"parallel__zero_stage": 4}, "parallel.zero_stage", "at most 3"),
         ({"parallel__gather": "stp"}, "parallel.gather", "nearest: step"),
         ({"model__num_attention_heads": 7}, "model.hidden_size", "multiple of model.num_attention_heads=7"),

@@ -75,6 +75,14 @@ def endless(start: int) -> Iterator[StepBatch]:
         yield StepBatch((f"batch {step}",), Cursor(4 * step, "order", MIXTURE), 0.0)  # type: ignore[arg-type]
 
 
+@dataclass
+class Ledger:
+    log: Log
+
+    def record(self, step: int, batch: Any) -> None:
+        self.log.done.append(("ledger", step))
+
+
 def run(config: Config, *, start: int = 0, stop_at: int | None = None, evaluates: bool = True) -> tuple[Log, Position]:
     log: Any = Log(stop_at=stop_at)
     position = fit(
@@ -85,6 +93,7 @@ def run(config: Config, *, start: int = 0, stop_at: int | None = None, evaluates
         evaluator=log if evaluates else None,
         saver=log,
         recorder=log,
+        ledger=Ledger(log),  # type: ignore[arg-type]
         throughput=Throughput(flops_per_token=10.0, peak_flops_per_second=None),
         stop=log,
     )
@@ -108,7 +117,7 @@ def test_the_order_in_a_step() -> None:
     log, _ = run(replace(CONFIG, checkpoint=CheckpointConfig(interval=4)))
     fourth = [entry[0] for entry in log.done if entry[0] != "forward" or entry[1] == "batch 4"]
     begin = fourth.index("forward")
-    assert fourth[begin : begin + 5] == ["forward", "step", "train", "eval", "save"]
+    assert fourth[begin : begin + 6] == ["forward", "step", "ledger", "train", "eval", "save"]
 
 
 def test_what_is_recorded() -> None:

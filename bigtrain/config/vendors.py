@@ -1,0 +1,25 @@
+"""The versions of DeepSpeed and Megatron-core that bigtrain's workarounds were made for. No import of either.
+
+The workarounds: `engine/deepspeed_patches.py`, `engine/gather.py` and `distributed/megatron_cpu.py`."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from bigtrain.config.errors import UserError
+
+KNOWN = {"deepspeed": ("0.19.8",), "megatron-core": ("0.16.1",)}
+
+
+def check_versions() -> None:
+    """Raises UserError for a vendor that is missing, or whose version the workarounds were not made for."""
+    for package, known in KNOWN.items():
+        try:
+            found = version(package)
+        except PackageNotFoundError as error:
+            raise UserError(f"{package} is not installed: pip install {package}=={known[-1]}") from error
+        if found not in known:
+            raise UserError(
+                f"{package} {found} is installed, and bigtrain works around lines of {', '.join(known)}: "
+                f"pip install {package}=={known[-1]}"
+            )

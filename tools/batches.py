@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+"""What a run was fed: the documents and the text of any step, and the proof that nothing was repeated or left out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from bigtrain import config as configs
+from bigtrain.checkpoint import folder as checkpoints
+from bigtrain.config.errors import UserError
+from bigtrain.config.schema import Config
+from bigtrain.data import ledger
+from bigtrain.data.lanes import Piece
+from bigtrain.data.ledger import Audit
+from bigtrain.data.order import Cursor, Order, training_order
+from bigtrain.data.progress import bar
+from bigtrain.data.shards import tokenizer_of
+
+EXAMPLES = """examples:
+  python tools/batches.py show runs/default --step 100
+  python tools/batches.py show runs/default --step 100 --sequence 3 --characters 4000
+  python tools/batches.py audit runs/default
+
+show works for any step, also for one that is still to come: which tokens are in it follows from the data, the seed and
+the mixture. audit reads the run's ledger, where each data rank wrote down what it was fed; exit status 1 where it
+contradicts the data."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def show_command(options: argparse.Namespace) -> int:
+    config, order = open_run(Path(options.folder))
+    size = config.train.global_batch_size
+    if options.step < 1:
+        raise UserError(f"--step {options.step}: steps count from 1")
+    if options.sequence is not None and not 0 <= options.sequence < size:
+        raise UserError(f"--sequence {options.sequence}: a step has sequences 0 to {size - 1}")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    first = (options.step - 1) * size
+    numbers = range(first, first + size) if options.sequence is None else [first + options.sequence]
+    console.print(f"step {options.step}: global sequences {first:,} to {first + size - 1:,}", style="bold")
+    tokenizer = tokenizer_of(config)
+    for number in numbers:
+        window = order.sequence(number)
+        console.print(f"\nsequence {number - first} of the step, {window.num_tokens} tokens", style="bold")
+        begin = 0
+        for piece in window.pieces:
+            console.print(f"  {told(order, piece)}", style="cyan")
+            text = tokenizer.decode(window.tokens[begin : begin + piece.count].tolist())
+            begin += piece.count
+            shown = text[: options.characters]
+            console.print(shown + "..." * (len(shown) < len(text)), style="dim")
+    return 0
+
+
+def told(order: Order, piece: Piece) -> str:
+    """Where a piece comes from."""
+    dataset = order.datasets[piece.source]
+    key, metadata = dataset.describe(piece.document)
+    shard = dataset.index.shards[dataset.shard_of(piece.document)].file
+    return (
+        f"{dataset.name}/{shard}: document {piece.document} ({key}), tokens {piece.start} to "
+        f"{piece.start + piece.count - 1}, epoch {piece.epoch}, from {metadata['source']}"
+    )
+
+
+def audit_command(options: argparse.Namespace) -> int:
+    folder = Path(options.folder)
+    _, order = open_run(folder)
+    entries = ledger.read(folder)
+    with bar("auditing", len(entries), shown=True) as advance:
+        found = ledger.audit(order, entries, advance=advance)
+    for problem in found.problems:
+        print(f"wrong: {problem}", file=sys.stderr)
+    print("\n".join(summary(found)))
+    return 1 if found.problems else 0
+
+
+def summary(found: Audit) -> list[str]:
+    lines = [f"{found.steps:,} steps, {found.sequences:,} sequences, {found.tokens:,} predicted tokens"]
+    for path, epochs in found.epochs.items():
+        for epoch, (whole, part) in enumerate(epochs):
+            lines.append(f"{path}: epoch {epoch}: {whole:,} documents whole, {part:,} in part")
+    proven = "every step once, what was fed is what the data say, and no token was repeated in or left out of an epoch"
+    return [*lines, "NOT proven" if found.problems else f"proven: {proven}"]
+
+
+def open_run(folder: Path) -> tuple[Config, Order]:
+    """The run's config and order, with the mixtures that its newest checkpoint remembers. Raises UserError."""
+    config = configs.load(folder)
+    order = training_order(config.data, seed=config.run.seed, sequence_length=config.train.sequence_length)
+    newest = checkpoints.newest(folder / "checkpoints")
+    if newest is not None:
+        order.go_on_from(Cursor.from_dict(checkpoints.state_of(newest)["cursor"]), accept_change=True)
+    return config, order
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="show | audit")
+
+    command = commands.add_parser("show", help="documents and decoded text of a step")
+    command.add_argument("folder", metavar="RUN", help="the run's folder")
+    command.add_argument("--step", type=int, required=True, help="from 1 on")
+    command.add_argument("--sequence", type=int, help="one of the step's sequences, from 0 on (all)")
+    command.add_argument("--characters", type=int, default=200, help="of each piece of a document to show (200)")
+    command.set_defaults(run=show_command)
+
+    command = commands.add_parser("audit", help="prove from the ledger that steps 1 to N repeated and left out nothing")
+    command.add_argument("folder", metavar="RUN", help="the run's folder")
+    command.set_defaults(run=audit_command)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
