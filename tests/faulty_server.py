@@ -64,9 +64,7 @@ class FaultyServer:
 
     def __enter__(self) -> FaultyServer:
         self.closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.handle_error = lambda *_: None  # a client that was killed
-        self._server.daemon_threads = True
+        self._server = _Quiet(("127.0.0.1", 0), _handler(self))
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
@@ -84,6 +82,13 @@ class FaultyServer:
 
     def requests(self, file: str) -> list[Request]:
         return [request for request in list(self.log) if request.path == f"/{file}"]
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that was killed is no news."""
 
 
 def etag(content: bytes) -> str:

@@ -34,7 +34,7 @@ import numpy as np
 
 from bigtrain.config.errors import UserError
 
-_POLL_S = 0.05
+_POLL_S, _TELL_AFTER_S = 0.05, 60.0
 _HELD_MAPS = 16
 _HELD_SHARE = 0.25
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -98,6 +98,7 @@ class Cache:
 
     def _map_or_fetch(self, name: str, fill: Fill, reserve_bytes: int, size_bytes: int | None) -> np.ndarray:
         final, part = self.folder / name, self.folder / f"{name}.{reserve_bytes}.part"
+        tell_at = time.monotonic() + _TELL_AFTER_S
         while True:
             found = _map_file(final, size_bytes)
             if found is not None:
@@ -105,6 +106,9 @@ class Cache:
             with _open(part) as out:
                 if not _try_lock(out) or not _is_still(out, part):
                     time.sleep(_POLL_S)  # another fetches it, or has just done so
+                    if time.monotonic() > tell_at:
+                        tell_at += _TELL_AFTER_S
+                        _log.warning("waiting for another process that fetches %s (fuser tells which)", part)
                 elif not final.exists():
                     self._warn_of_thrashing(name)
                     self._make_room()
