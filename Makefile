@@ -26,6 +26,7 @@ smoke: install  ## train a small model on this machine's Python sources: 4 CPU r
 	$(BIN)/python -m bigtrain.launch +experiment=smoke
 
 test: install  ## the whole test suite
+	@sh tests/install_system_packages.sh
 	$(BIN)/pytest
 
 test-fast: install  ## the quick tests, under 2 minutes

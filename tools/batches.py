@@ -18,7 +18,7 @@ from bigtrain.data.lanes import Piece
 from bigtrain.data.ledger import Audit
 from bigtrain.data.order import Cursor, Order, training_order
 from bigtrain.data.progress import bar
-from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.shards import tokenizer_of
 
 EXAMPLES = """examples:
   python tools/batches.py show runs/default --step 100
@@ -52,7 +52,7 @@ def show_command(options: argparse.Namespace) -> int:
     first = (options.step - 1) * size
     numbers = range(first, first + size) if options.sequence is None else [first + options.sequence]
     console.print(f"step {options.step}: global sequences {first:,} to {first + size - 1:,}", style="bold")
-    tokenizer = Tokenizer.load(config.tokenizer.path)
+    tokenizer = tokenizer_of(config)
     for number in numbers:
         window = order.sequence(number)
         console.print(f"\nsequence {number - first} of the step, {window.num_tokens} tokens", style="bold")
@@ -70,9 +70,9 @@ def told(order: Order, piece: Piece) -> str:
     """Where a piece comes from."""
     dataset = order.datasets[piece.source]
     key, metadata = dataset.describe(piece.document)
-    shard = dataset.index.shards[int(dataset.shards_of_documents()[piece.document])].file
+    shard = dataset.index.shards[dataset.shard_of(piece.document)].file
     return (
-        f"{dataset.path}/{shard}: document {piece.document} ({key}), tokens {piece.start} to "
+        f"{dataset.name}/{shard}: document {piece.document} ({key}), tokens {piece.start} to "
         f"{piece.start + piece.count - 1}, epoch {piece.epoch}, from {metadata['source']}"
     )
 

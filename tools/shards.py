@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bigtrain.config import locations
 from bigtrain.config.errors import UserError
 from bigtrain.data.build import SHARD_TOKENS, BuildOptions, build
 from bigtrain.data.shards import Dataset
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   python tools/shards.py build 'web/*.jsonl.zst' --field body --held-out 0.01 --tokenizer t.model --out data/web
   python tools/shards.py build 's3://bucket/web/*.parquet' https://host/a.jsonl.gz --tokenizer t.model --out data/two
   python tools/shards.py inspect data/corpus
+  python tools/shards.py inspect s3://bucket/corpus/train
   python tools/shards.py verify data/corpus
   python -m bigtrain.launch data=shards data.prepare.out=data/corpus        # train on them
 
@@ -73,10 +75,10 @@ def build_command(options: argparse.Namespace) -> int:
 
 def inspect_command(options: argparse.Namespace) -> int:
     console = Console()
-    for folder in splits_of(Path(options.folder)):
+    for folder in splits_of(options.folder):
         dataset = Dataset.open(folder)
         index = dataset.index
-        table = Table(title=str(folder), title_justify="left", show_header=False)
+        table = Table(title=escape(dataset.name), title_justify="left", show_header=False)
         table.add_column()
         table.add_column(overflow="fold")
         for name, value in {
@@ -104,8 +106,13 @@ def _show_first_document(console: Console, dataset: Dataset, characters: int) ->
 
 def verify_command(options: argparse.Namespace) -> int:
     bad = False
-    for folder in splits_of(Path(options.folder)):
-        problems = verify(folder)
+    if locations.is_remote(options.folder):
+        raise UserError(
+            f"{locations.shown(options.folder)}: verify reads a folder on a disk. Remote shards are checked against "
+            "the sha256 in their index whenever they are fetched."
+        )
+    for folder in splits_of(options.folder):
+        problems = verify(Path(folder))
         for problem in problems:
             print(f"damaged: {problem}", file=sys.stderr)
         if not problems:
@@ -138,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=build_command)
 
     command = commands.add_parser("inspect", help="what is there, and the first document as text")
-    command.add_argument("folder", metavar="DIR", help="a built folder, or its train/ or valid/")
+    command.add_argument("folder", metavar="DIR", help="a built folder, or its train/ or valid/; or a URL of one")
     command.add_argument("--characters", type=int, default=400, help="of the first document to show (400)")
     command.set_defaults(run=inspect_command)
 

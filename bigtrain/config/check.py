@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bigtrain.config import keys
+from bigtrain.config import keys, locations
 from bigtrain.config.derive import num_steps
 from bigtrain.config.schema import Config
 
@@ -102,6 +102,7 @@ _NOT_NEGATIVE = [
     "schedule.decay_fraction",
     "data.num_workers",
     "tokenizer.vocab_size",
+    "data.remote.retries",
     "checkpoint.interval",
     "eval.interval",
     "model.attention_dropout",
@@ -126,6 +127,8 @@ _RANGES: tuple[tuple[str, str, float], ...] = (
     ("optim.beta2", "<", 1),
     ("schedule.min_ratio", "<=", 1),
     ("schedule.decay_fraction", "<=", 1),
+    ("data.cache.max_gb", ">", 0),
+    ("data.remote.timeout_s", ">", 0),
     ("data.prepare.held_out", ">", 0),
     ("data.prepare.held_out", "<", 1),
 )
@@ -255,8 +258,7 @@ def _data(config: Config, world: int) -> Iterator[Problem]:
         yield Problem("data.train", data.train, "there is nothing to train on", fix)
     for split, sources in (("train", data.train), ("valid", data.valid)):
         for index, source in enumerate(sources):
-            if not source.path:
-                yield Problem(f"data.{split}.{index}.path", source.path, "is empty", "Name a folder of shards")
+            yield from _place(f"data.{split}.{index}.path", source.path)
             if not (math.isfinite(source.weight) and source.weight > 0):
                 key = f"data.{split}.{index}.weight"
                 yield Problem(
@@ -264,6 +266,8 @@ def _data(config: Config, world: int) -> Iterator[Problem]:
                 )
     if not tokenizer.path:
         yield Problem("tokenizer.path", tokenizer.path, "is empty", "Choose a preset (tokenizer=bpe) or name a file")
+    elif locations.is_remote(tokenizer.path):
+        yield from _place("tokenizer.path", tokenizer.path, locations.split_file(tokenizer.path)[0])
     if not data.prepare.inputs:
         return
     if tokenizer.kind == "file" and tokenizer.specials:
@@ -273,11 +277,31 @@ def _data(config: Config, world: int) -> Iterator[Problem]:
         yield Problem("tokenizer.vocab_size", 0, "must be at least 1", "Set it to the pieces that it shall have")
     if not data.prepare.out:
         yield Problem("data.prepare.out", data.prepare.out, "is empty, but data.prepare.inputs is not", "Name a folder")
+    elif locations.is_remote(data.prepare.out):
+        message = "shards are built on a disk"
+        fix = "Name a folder, and copy it there once it is built"
+        yield Problem("data.prepare.out", locations.shown(data.prepare.out), message, fix)
     if config.model.vocab_size < tokenizer.vocab_size:
         message = f"is smaller than tokenizer.vocab_size={tokenizer.vocab_size}"
         yield Problem(
             "model.vocab_size", config.model.vocab_size, message, f"Set model.vocab_size={tokenizer.vocab_size} or more"
         )
+
+
+def _place(key: str, path: str, folder: str | None = None) -> Iterator[Problem]:
+    """Of a folder of shards, which may be remote; `folder` where `path` is a file in it."""
+    if not path:
+        yield Problem(key, path, "is empty", "Name a folder of shards")
+        return
+    folder = path if folder is None else folder
+    try:
+        locations.parse(folder)
+    except ValueError as error:
+        yield Problem(key, locations.shown(path), str(error), "Name a folder of shards or its URL")
+    if found := locations.literal_secret(folder):
+        message = f"{found} is written out, and the run's config.yaml would keep it"
+        fix = "Write the name of an environment variable for it: https://$USER:$PASSWORD@HOST/FOLDER?$QUERY"
+        yield Problem(key, locations.shown(path), message, fix)
 
 
 def _cluster(config: Config, world: int) -> Iterator[Problem]:

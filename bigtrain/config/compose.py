@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bigtrain.config import keys
+from bigtrain.config import keys, locations
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import to_config, writable_schema
 from bigtrain.config.schema import Config
@@ -94,7 +94,8 @@ def compose(overrides: Sequence[str], extra_dirs: Sequence[Path] = ()) -> Config
             node = hydra.compose("config", overrides=[*settings, *(path if extra_dirs else [])])
         return to_config(node)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_readable(error)) from error
+        message = _readable(error)
+        raise UserError(locations.redacted(message) if locations.literal_secret(message) else message) from error
 
 
 def as_hydra_takes(argument: str) -> str:

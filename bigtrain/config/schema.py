@@ -172,7 +172,8 @@ class SourceConfig:
     """One set of shards."""
 
     path: str = ""
-    """Folder that tools/shards.py built."""
+    """Folder that tools/shards.py built, http(s)://HOST/FOLDER, s3://BUCKET/FOLDER, or a command that prints a file of
+    it: pipe:COMMAND, with {file} where the name goes."""
     weight: float = 1.0
     """Share of the tokens, relative to the other sources."""
     then: list[WeightConfig] = field(default_factory=list[WeightConfig])
@@ -197,6 +198,26 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Where files of remote shards are kept on each machine. Ranks and jobs may share it."""
+
+    dir: str = ""
+    """Folder on a disk of the machine; empty: bigtrain/ in $XDG_CACHE_HOME or ~/.cache."""
+    max_gb: float = 100.0
+    """GB (10^9 bytes); beyond it, what was used least recently is removed."""
+
+
+@dataclass(frozen=True)
+class RemoteConfig:
+    """How remote shards are fetched."""
+
+    timeout_s: float = 30.0
+    """Seconds to connect, and without hardly a byte coming, before a transfer is tried again."""
+    retries: int = 8
+    """Failures of a file in a row, without getting further, before the run stops; the pauses grow from 1 s to 30 s."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is trained on."""
 
@@ -218,6 +239,8 @@ class DataConfig:
     on_change: str = _choice("refuse", "refuse", "accept")
     """When a run goes on with other sources or weights than its checkpoint's. accept: the new mixture from there on,
     and nothing of what was consumed is repeated."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
 
 
@@ -226,7 +249,8 @@ class TokenizerConfig:
     """Text to tokens and back."""
 
     path: str = ""
-    """A sentencepiece model, a Hugging Face tokenizer.json, a tiktoken file, or a folder with one of them in it."""
+    """A sentencepiece model, a Hugging Face tokenizer.json, a tiktoken file, or a folder with one of them in it; also a
+    file in a remote folder: s3://BUCKET/FOLDER/tokenizer.model."""
     kind: str = _choice("bpe", "bpe", "unigram", "file")
     """Algorithm, where data.prepare trains the tokenizer. file: it trains none, and uses the one at path as it is."""
     vocab_size: int = 4096

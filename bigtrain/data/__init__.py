@@ -6,6 +6,7 @@
 `sides`      which documents are held out, by the hash of their text
 `build`      documents -> tokens, held-out split, global shuffle, shards (WebDataset tars with an index)
 `shards`     the format on disk: opening, random access to any document through a memory map, verifying
+`folders`    the files of a shard folder, on a disk or remote: `remote` fetches them (`transports`), `cache` keeps them
 `order`      which tokens are in global sequence i: a pure function of (data, seed, lanes, sequence length)
 `loader`     sequences -> the microbatches of one data rank, read ahead by threads; the cursor travels with them
 `baseline`   what a model that knows only word frequencies would score

@@ -30,7 +30,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.data import claim, inputs, readers, sides, writing
 from bigtrain.data.journal import sync
 from bigtrain.data.readers import Drops
-from bigtrain.data.shards import Index
+from bigtrain.data.shard_format import Index
 from bigtrain.data.tokenising import Recipe, tokenize_all
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.work import Work

@@ -9,6 +9,7 @@ import numpy as np
 
 from bigtrain.config.schema import DataConfig
 from bigtrain.data import shards
+from bigtrain.data.folders import Places
 from bigtrain.data.lanes import Piece
 from bigtrain.data.mixture import Pattern
 from bigtrain.data.order import Window, cut
@@ -61,5 +62,6 @@ def held_out(
 ) -> HeldOut:
     """The held-out sequences of data.valid, at most `max_sequences`. Raises UserError for data that are missing, of
     another tokenizer, or too few."""
-    datasets = shards.open_all([source.path for source in data.valid], what="data.valid", tokenizer=tokenizer)
+    paths, places = [source.path for source in data.valid], Places.of(data)
+    datasets = shards.open_all(paths, what="data.valid", tokenizer=tokenizer, places=places)
     return HeldOut(datasets, sequence_length=sequence_length, max_sequences=max_sequences)

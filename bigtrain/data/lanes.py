@@ -47,7 +47,7 @@ class Lanes:
             raise UserError(f"data.num_lanes is {num_lanes}: at least 1")
         if len(dataset) < num_lanes:
             raise UserError(
-                f"data {dataset.path} has {len(dataset)} documents, too few for data.num_lanes={num_lanes}: each lane "
+                f"data {dataset.name} has {len(dataset)} documents, too few for data.num_lanes={num_lanes}: each lane "
                 f"needs one. Set data.num_lanes to at most {len(dataset)} (a multiple of the data-parallel size) or "
                 "add text."
             )

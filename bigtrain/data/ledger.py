@@ -130,8 +130,8 @@ def audit(order: Order, entries: Sequence[Entry], *, advance: Any = None) -> Aud
     found.tokens = int((table[:, 4] - table[:, 3]).sum())
     for source, dataset in enumerate(order.datasets):
         problem, epochs = _epochs(table[table[:, 0] == source], order, source)
-        found.problems += [f"data {dataset.path}: {problem}"] if problem else []
-        found.epochs[str(dataset.path)] = epochs
+        found.problems += [f"data {dataset.name}: {problem}"] if problem else []
+        found.epochs[dataset.name] = epochs
     return found
 
 

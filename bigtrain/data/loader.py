@@ -23,6 +23,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.data.held_out import HeldOut
 from bigtrain.data.ledger import digest
 from bigtrain.data.order import Cursor, Order, Window
+from bigtrain.data.read_ahead import with_read_ahead
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,21 @@ def batches(
             "change within a run: choose a layout whose data-parallel size divides it."
         )
 
-    def read(step: int) -> StepBatch:
+    def numbers(step: int) -> range:
         first = start.num_sequences + step * global_batch_size
-        mine = range(first + data_rank, first + global_batch_size, data_size)
-        cursor = order.cursor(first + global_batch_size)
-        windows = [order.sequence(number) for number in mine]
+        return range(first + data_rank, first + global_batch_size, data_size)
+
+    def read(step: int) -> StepBatch:
+        cursor = order.cursor(start.num_sequences + (step + 1) * global_batch_size)
+        windows = [order.sequence(number) for number in numbers(step)]
         return StepBatch(_microbatches(windows, micro_batch_size), cursor, 0.0, digest(windows))
 
-    return _inline(read) if num_workers == 0 else _ahead(read, num_workers)
+    if num_workers == 0:
+        return _inline(read)
+    steps = _ahead(read, num_workers)
+    if any(dataset.is_remote for dataset in order.datasets):
+        return with_read_ahead(steps, order, numbers, global_batch_size * order.sequence_length)
+    return steps
 
 
 def evaluation_batches(

@@ -20,6 +20,7 @@ import numpy as np
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig, SourceConfig
 from bigtrain.data import shards
+from bigtrain.data.folders import Places
 from bigtrain.data.lanes import Lanes, Piece
 from bigtrain.data.mixture import Mixture, Stage
 from bigtrain.data.packing import PackedSequences
@@ -84,9 +85,9 @@ class Source:
         """Raises UserError for what is no weight."""
         for tokens, weight in ((0, self.weight), *self.then):
             if not 0 <= weight < float("inf"):
-                raise UserError(f"data.train: the weight of {self.dataset.path} is {weight}: 0 or a number above it")
+                raise UserError(f"data.train: the weight of {self.dataset.name} is {weight}: 0 or a number above it")
             if tokens < 0:
-                raise UserError(f"data.train: from_tokens of {self.dataset.path} is {tokens}: a number of tokens")
+                raise UserError(f"data.train: from_tokens of {self.dataset.name} is {tokens}: a number of tokens")
 
     def weight_at(self, tokens: int) -> Fraction:
         """From so many tokens on."""
@@ -115,7 +116,7 @@ class Order:
         self._names = [dataset.fingerprint[:16] for dataset in self.datasets]
         for place, name in enumerate(self._names):
             if name in self._names[:place]:
-                paths = f"{self.datasets[self._names.index(name)].path} and {self.datasets[place].path}"
+                paths = f"{self.datasets[self._names.index(name)].name} and {self.datasets[place].name}"
                 raise UserError(f"data.train: {paths} hold the same data. Name it once, with the sum of the weights.")
         self._sequences: list[Sequences] = [
             Lanes(dataset, seed=seed, num_lanes=num_lanes, sequence_length=sequence_length, source=place)
@@ -166,7 +167,7 @@ class Order:
         """How often each source was gone through in so many global sequences, by its folder."""
         consumed = self.mixture.consumed(num_sequences)
         return {
-            str(dataset.path): sequences.epochs(consumed.get(name, 0))
+            dataset.name: sequences.epochs(consumed.get(name, 0))
             for name, dataset, sequences in zip(self._names, self.datasets, self._sequences, strict=True)
         }
 
@@ -198,7 +199,7 @@ class Order:
         return Mixture(list(stages.values()))
 
     def _told(self, mixture: Mixture) -> str:
-        paths = {name: str(dataset.path) for name, dataset in zip(self._names, self.datasets, strict=True)}
+        paths = {name: dataset.name for name, dataset in zip(self._names, self.datasets, strict=True)}
         return "\n".join(
             f"  from sequence {stage.first:,}: "
             + ", ".join(f"{paths.get(name, 'other data')} ({name}) {weight}" for name, weight in stage.weights.items())
@@ -225,7 +226,8 @@ def cut(datasets: Sequence[Dataset], pieces: Sequence[Piece], sequence_length: i
 
 def training_order(data: DataConfig, *, seed: int, sequence_length: int, tokenizer: Tokenizer | None = None) -> Order:
     """The order of data.train. Raises UserError for data that are missing, of another tokenizer, or too few."""
-    datasets = shards.open_all([source.path for source in data.train], what="data.train", tokenizer=tokenizer)
+    paths, places = [source.path for source in data.train], Places.of(data)
+    datasets = shards.open_all(paths, what="data.train", tokenizer=tokenizer, places=places)
     sources = [_source(dataset, config) for dataset, config in zip(datasets, data.train, strict=True)]
     return Order(sources, seed=seed, num_lanes=data.num_lanes, sequence_length=sequence_length, pack=data.pack)
 

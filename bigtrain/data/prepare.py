@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import bigtrain.config
+from bigtrain.config import locations
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, DataConfig, PrepareConfig, TokenizerConfig
-from bigtrain.data import build, claim, held_out, inputs, order, readers, sides
+from bigtrain.data import build, claim, held_out, inputs, order, readers, shards, sides
 from bigtrain.data import tokenizer_training as training
 from bigtrain.data.progress import bar
 from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from bigtrain.data.shards import INDEX, Dataset
+from bigtrain.data.shard_format import INDEX
+from bigtrain.data.shards import Dataset
 from bigtrain.data.sides import Census
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.workers import default_workers
@@ -110,11 +112,11 @@ def check(config: Config) -> list[str]:
 
 def check_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of a run. Raises UserError where it is unfit, or has more tokens than the model has rows."""
-    made, rows = Tokenizer.load(config.tokenizer.path), config.model.vocab_size
+    made, rows = shards.tokenizer_of(config), config.model.vocab_size
     if made.vocab_size > rows:
         raise UserError(
-            f"model.vocab_size is {rows}, but tokenizer {config.tokenizer.path} has {made.vocab_size} pieces. "
-            f"Set model.vocab_size={made.vocab_size} or more."
+            f"model.vocab_size is {rows}, but tokenizer {locations.shown(config.tokenizer.path)} has "
+            f"{made.vocab_size} pieces. Set model.vocab_size={made.vocab_size} or more."
         )
     return made
 

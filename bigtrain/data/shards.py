@@ -1,137 +1,82 @@
-"""The format on disk: a folder of WebDataset tars of token arrays, with an index that makes them a random-access array.
-
-    FOLDER/index.json             written last: without it the folder is not a data set
-    FOLDER/tokenizer.model        the tokenizer that made the tokens, by the name of its kind (`tokenizer.FILES`)
-    FOLDER/shard-000000.tar       one sample a document, in shuffled order:
-        KEY.json                      {"source": ..., "text_bytes": ...}
-        KEY.tokens.npy                [BOS] + ids + [EOS], uint16 or uint32
-    FOLDER/shard-000000.idx.npy   one row a document: where its tokens lie in the tar (DOCUMENT_DTYPE)
-
-KEY is the document's number in the folder and the hash of its text. Plain `tar`, numpy and webdataset read all of it;
-`Dataset` reads the tokens through a memory map of the tar.
-"""
+"""A folder of shards (shard_format.py) as a random-access array of documents. It may be remote: folders.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
-import json
 import os
-import tarfile
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bigtrain.config import locations
 from bigtrain.config.errors import UserError
-from bigtrain.data.tokenizer import FILES, Tokenizer, from_files
+from bigtrain.config.schema import Config
+from bigtrain.data.folders import Folder, LocalFolder, Places, RemoteFolder, allow_open_files, check_room
+from bigtrain.data.remote import MissingError
+from bigtrain.data.shard_format import DOCUMENT_DTYPE, INDEX, Index, Shard, metadata_at, npy_header
+from bigtrain.data.tokenizer import FILES, Tokenizer, from_files, read_from
 
-FORMAT = "bigtrain shards"
-VERSION = 1
-INDEX = "index.json"
-DOCUMENT_DTYPE = np.dtype(
-    [
-        ("sample", "<u8"),  # offset in the tar of the sample's first header, bytes
-        ("tokens_at", "<u8"),  # offset in the tar of the raw tokens, bytes
-        ("num_tokens", "<u4"),
-        ("text_bytes", "<u4"),
-        ("crc32", "<u4"),  # of the raw tokens
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar, as index.json tells of it."""
-
-    file: str
-    documents_file: str
-    num_documents: int
-    num_tokens: int
-    text_bytes: int
-    size_bytes: int
-    sha256: str
-    documents_sha256: str
-
-
-@dataclass(frozen=True)
-class Index:
-    """index.json."""
-
-    num_documents: int
-    num_tokens: int
-    text_bytes: int
-    vocab_size: int
-    dtype: str
-    bos_id: int
-    eos_id: int
-    tokenizer: str
-    """Its fingerprint."""
-    tokenizer_files: dict[str, str]
-    """sha256 of each of its files, by name."""
-    made: dict[str, Any]
-    """What it was built from: split, inputs, exclude, field, held_out, seed."""
-    dropped: dict[str, int]
-    """Documents left out of the whole build (of all splits), by reason."""
-    shards: tuple[Shard, ...]
-
-    def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
-
-    @staticmethod
-    def from_json(text: str) -> Index:
-        """Raises ValueError for what is no index of this version."""
-        values = json.loads(text)
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ValueError("it is not the index of a shard folder")
-        if (version := values.pop("version", None)) != VERSION:
-            raise ValueError(f"it has version {version}, this program reads version {VERSION}")
-        try:
-            files = values["tokenizer_files"]
-            known = isinstance(files, dict) and files and not files.keys() - set(FILES)
-            if not known or {*map(type, files.values())} != {str}:
-                raise ValueError(f"its tokenizer_files are {str(files)[:80]!r}, not of {', '.join(FILES)}")
-            return Index(**{**values, "shards": tuple(Shard(**shard) for shard in values["shards"])})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"it lacks or adds a field: {error}") from error
+_LARGEST_NPY_HEADER_BYTES = 1024
+_LARGEST_TOKENIZER_BYTES = 1 << 28
+_FETCHES_AT_A_TIME = 8
 
 
 class Dataset:
     """A shard folder, open for reading. Cheap to open: an index and memory maps. Safe to read from many threads."""
 
-    def __init__(self, path: Path, index: Index) -> None:
-        self.path = path
+    def __init__(self, folder: Folder, index: Index) -> None:
+        self._folder = folder
         self.index = index
         self._starts = np.cumsum([0, *(shard.num_documents for shard in index.shards)])
-        self._documents = [_load_documents(path / shard.documents_file, shard) for shard in index.shards]
         self._tars: list[np.ndarray | None] = [None] * len(index.shards)
+        """Maps of shards on a disk; those of remote ones are the cache's matter."""
+        with ThreadPoolExecutor(_FETCHES_AT_A_TIME) as pool:  # no thread is started for nothing
+            load = pool.map if folder.is_remote else map
+            self._documents = list(load(self._load_documents, index.shards))
 
     @staticmethod
-    def open(path: str | os.PathLike[str], *, check_sizes: bool = True) -> Dataset:
-        """Open the folder. Raises UserError where it is missing, half-built, of another version, or (`check_sizes`)
-        has a shard missing or cut short. It does not read the tokens: `verify` does."""
-        folder = Path(path)
-        try:
-            index = Index.from_json((folder / INDEX).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            inside = [part for part in ("train", "valid") if (folder / part / INDEX).exists()]
-            build = "Build it with tools/shards.py build, or name text in data.prepare.inputs."
-            hint = f"Did you mean {folder / inside[0]}?" if inside else build
-            what = f"it has no {INDEX}" if folder.exists() else "no such folder"
-            raise UserError(f"data {folder}: {what}. {hint}") from error
-        except (ValueError, OSError) as error:
-            raise UserError(f"data {folder}: {INDEX} cannot be read: {error}. Build the folder again.") from error
-        for shard in index.shards if check_sizes else ():
-            file = folder / shard.file
-            size = file.stat().st_size if file.exists() else None
-            if size != shard.size_bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(f"data {folder}: {shard.file} {found}, not {shard.size_bytes} bytes. Build it again.")
-        return Dataset(folder, index)
+    def open(path: str | os.PathLike[str], *, places: Places | None = None, check_sizes: bool = True) -> Dataset:
+        """Open the folder, or the place of one (bigtrain.config.locations), read through the cache of `places`.
+
+        Raises UserError where it is missing, half-built, of another version, or (`check_sizes`, on a disk) has a shard
+        missing or cut short. It does not read the tokens: `verify` does; those of a remote shard are checked when it is
+        fetched, at its first use."""
+        folder = (places or Places()).open(path)
+        index = _read_index(folder)
+        if isinstance(folder, LocalFolder) and check_sizes:
+            _check_sizes(folder.path, index)
+        allow_open_files(2 * len(index.shards))
+        dataset = Dataset(folder, index)
+        if folder.is_remote:
+            dataset._tokenizer_files()
+        return dataset
+
+    @property
+    def name(self) -> str:
+        """Where it lies, to show in messages."""
+        return self._folder.name
+
+    @property
+    def tokenizer_path(self) -> str:
+        """What tokenizer.path would be to use its tokenizer."""
+        files = self.index.tokenizer_files
+        return self.name + (f"/{next(name for name in FILES if name in files)}" if self.is_remote else "")
+
+    @property
+    def path(self) -> Path:
+        """The folder. Raises ValueError where it is remote."""
+        if isinstance(self._folder, LocalFolder):
+            return self._folder.path
+        raise ValueError(f"{self.name} is no folder on a disk")
+
+    @property
+    def is_remote(self) -> bool:
+        return self._folder.is_remote
 
     def __len__(self) -> int:
         """Documents."""
@@ -146,11 +91,7 @@ class Dataset:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the folder."""
-        try:
-            files = {name: (self.path / name).read_bytes() for name in self.index.tokenizer_files}
-        except OSError as error:
-            raise UserError(f"data {error.filename}: {error.strerror}. Build the folder again.") from error
-        return from_files(files, str(self.path))
+        return from_files(self._tokenizer_files(), self.name)
 
     def num_tokens_of_documents(self) -> np.ndarray:
         """int64[documents], begin and end of document counted."""
@@ -161,115 +102,147 @@ class Dataset:
         """int64[documents]: which shard each is in."""
         return np.repeat(np.arange(len(self.index.shards)), [shard.num_documents for shard in self.index.shards])
 
+    def shard_of(self, document: int) -> int:
+        """Which shard a document is in."""
+        if not 0 <= document < len(self):
+            raise IndexError(f"document {document} of {len(self)} in {self.name}")
+        return int(np.searchsorted(self._starts, document, side="right")) - 1
+
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [start, stop) of a document, as a read-only view of the file (uint16 or uint32)."""
-        shard, row = self._row_of(document)
+        """Tokens [start, stop) of a document, as a read-only view of the file (uint16 or uint32). Raises UserError
+        where its shard is to be fetched and cannot be."""
+        shard = self.shard_of(document)
+        row = self._documents[shard][document - self._starts[shard]]
         at, count = int(row["tokens_at"]), int(row["num_tokens"])
         width = np.dtype(self.index.dtype).itemsize
         stop = count if stop is None else min(stop, count)
-        return self._tar(shard)[at + start * width : at + max(start, stop) * width].view(self.index.dtype)
+        return self.tar(shard)[at + start * width : at + max(start, stop) * width].view(self.index.dtype)
 
     def describe(self, document: int) -> tuple[str, dict[str, Any]]:
         """(key, metadata) of a document: its name in the tar, and {"source": ..., "text_bytes": ...}."""
-        shard, row = self._row_of(document)
-        return read_metadata(self.path / self.index.shards[shard].file, int(row["sample"]))
+        shard = self.shard_of(document)
+        row = self._documents[shard][document - self._starts[shard]]
+        return metadata_at(io.BytesIO(self.tar(shard)[int(row["sample"]) : int(row["tokens_at"])].tobytes()))
 
     def documents_of_shard(self, shard: int) -> np.ndarray:
         """The index rows (DOCUMENT_DTYPE) of one shard."""
         return self._documents[shard]
 
-    def _row_of(self, document: int) -> tuple[int, Any]:
-        if not 0 <= document < len(self):
-            raise IndexError(f"document {document} of {len(self)} in {self.path}")
-        shard = int(np.searchsorted(self._starts, document, side="right")) - 1
-        return shard, self._documents[shard][document - self._starts[shard]]
-
-    def _tar(self, shard: int) -> np.ndarray:
+    def tar(self, shard: int, cancelled: threading.Event | None = None) -> np.ndarray:
+        """The bytes of a tar, uint8[size], read-only; fetched first where it is remote and not in the cache. Raises
+        UserError where it cannot be, and remote.Cancelled."""
         tar = self._tars[shard]
-        if tar is None:  # two threads may both map it: harmless
-            tar = self._tars[shard] = np.asarray(np.memmap(self.path / self.index.shards[shard].file, np.uint8, "r"))
+        if tar is not None:
+            return tar
+        about = self.index.shards[shard]
+        size, folder = about.size_bytes, self._folder
+        if isinstance(folder, RemoteFolder):
+            return folder.map(about.file, sha256=about.sha256, max_bytes=size, size_bytes=size, cancelled=cancelled)
+        tar = folder.map(about.file, sha256=about.sha256, max_bytes=size, size_bytes=size)
+        self._tars[shard] = tar  # two threads may both map it: harmless
         return tar
 
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        def read(file: str, sha256: str) -> bytes:
+            return self._folder.map(file, sha256=sha256, max_bytes=_LARGEST_TOKENIZER_BYTES, hold=False).tobytes()
 
-def _load_documents(path: Path, shard: Shard) -> np.ndarray:
+        try:
+            return {file: read(file, sha256) for file, sha256 in self.index.tokenizer_files.items()}
+        except OSError as error:
+            raise UserError(f"data {error.filename}: {error.strerror}. Build the folder again.") from error
+
+    def _load_documents(self, shard: Shard) -> np.ndarray:
+        size = _LARGEST_NPY_HEADER_BYTES + shard.num_documents * DOCUMENT_DTYPE.itemsize
+        try:
+            raw = self._folder.map(shard.documents_file, sha256=shard.documents_sha256, max_bytes=size, hold=False)
+            header = io.BytesIO(raw[:_LARGEST_NPY_HEADER_BYTES].tobytes())
+            dtype, shape = npy_header(header)
+            if dtype != DOCUMENT_DTYPE or shape != (shard.num_documents,):
+                raise ValueError(f"it holds {shape} rows of {dtype}")
+            return raw[header.tell() :].view(DOCUMENT_DTYPE).reshape(shape)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"data {self.name}: {shard.documents_file} cannot be read: {error}. Build the folder again."
+            ) from error
+
+
+def _read_index(folder: Folder) -> Index:
     try:
-        documents = np.load(path, mmap_mode="r", allow_pickle=False)
-        if documents.dtype != DOCUMENT_DTYPE or documents.shape != (shard.num_documents,):
-            raise ValueError(f"it holds {documents.shape} rows of {documents.dtype}")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"data {path.parent}: {path.name} cannot be read: {error}. Build the folder again.") from error
-    return np.asarray(documents)
+        return Index.from_json(folder.read(INDEX).decode("utf-8"))
+    except FileNotFoundError as error:
+        assert isinstance(folder, LocalFolder)
+        inside = [part for part in ("train", "valid") if (folder.path / part / INDEX).exists()]
+        build = "Build it with tools/shards.py build, or name text in data.prepare.inputs."
+        hint = f"Did you mean {folder.path / inside[0]}?" if inside else build
+        what = f"it has no {INDEX}" if folder.path.exists() else "no such folder"
+        raise UserError(f"data {folder.name}: {what}. {hint}") from error
+    except MissingError as error:
+        raise MissingError(f"{error} A folder of shards has one: is it train/ or valid/ in there?") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"data {folder.name}: {INDEX} cannot be read: {error}. Build the folder again.") from error
 
 
-def read_metadata(tar: Path, sample: int) -> tuple[str, dict[str, Any]]:
-    """(key, metadata) of the sample whose first header lies at byte `sample` of the tar."""
-    with tar.open("rb") as file:
-        file.seek(sample)
-        with tarfile.open(fileobj=file, mode="r:") as members:
-            member = members.next()
-            content = members.extractfile(member) if member else None
-            if member is None or content is None:
-                raise tarfile.ReadError("no member there")
-            return member.name.split(".")[0], json.loads(content.read())
+def _check_sizes(folder: Path, index: Index) -> None:
+    for shard in index.shards:
+        file = folder / shard.file
+        size = file.stat().st_size if file.exists() else None
+        if size != shard.size_bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"data {folder}: {shard.file} {found}, not {shard.size_bytes} bytes. Build it again.")
 
 
-def scan_tar(path: Path, dtype: str) -> Iterator[tuple[str, tuple[int, int, int, int, int]]]:
-    """(key, row of DOCUMENT_DTYPE) of each sample, found by reading the tar itself and nothing else.
-
-    Raises ValueError or tarfile.TarError where a sample is not as the module says, with its key."""
-    key, sample, text_bytes = "", 0, 0
-    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as members:
-        for member in members:
-            name, _, ending = member.name.partition(".")
-            file.seek(member.offset_data)
-            raw = file.read(member.size)
-            members.members = []  # tarfile would remember them all  # pyright: ignore[reportAttributeAccessIssue]
-            if ending == "json":
-                key, sample = name, member.offset
-                text_bytes = int(_expect(lambda raw=raw: json.loads(raw)["text_bytes"], name))
-            elif ending == "tokens.npy" and name == key:
-                tokens, header = _expect(lambda raw=raw: _parse_npy(raw, dtype), name)
-                yield key, (sample, member.offset_data + header, len(tokens), text_bytes, zlib.crc32(tokens))
-            else:
-                raise ValueError(f"sample {name}: member {member.name} is not expected there")
-
-
-def _expect(read: Any, key: str) -> Any:
+def is_there(place: str) -> bool:
+    """Whether a shard folder is at this place. Raises UserError where that cannot be known."""
+    folder = Places().open(place)
+    if isinstance(folder, LocalFolder):
+        return (folder.path / INDEX).exists()
     try:
-        return read()
-    except (ValueError, KeyError, TypeError, EOFError) as error:
-        raise ValueError(f"sample {key}: {error}") from error
+        return bool(folder.read(INDEX))
+    except MissingError:
+        return False
 
 
-def _parse_npy(raw: bytes, dtype: str) -> tuple[np.ndarray, int]:
-    """The array in a .npy file, and the size of the header before it."""
-    stream = io.BytesIO(raw)
-    tokens = np.lib.format.read_array(stream, allow_pickle=False)
-    if tokens.dtype != np.dtype(dtype) or tokens.ndim != 1:
-        raise ValueError(f"it holds {tokens.ndim}-dimensional {tokens.dtype}, not a list of {dtype}")
-    return tokens, len(raw) - tokens.nbytes
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def open_all(paths: Iterable[str], *, what: str, tokenizer: Tokenizer | None = None) -> list[Dataset]:
+def open_all(
+    paths: Iterable[str], *, what: str, tokenizer: Tokenizer | None = None, places: Places | None = None
+) -> list[Dataset]:
     """Open shard folders that train one model. Raises UserError where one cannot be opened, holds nothing, or was
     made by another tokenizer than `tokenizer` (or than the first folder). `what` names the setting, as data.train."""
-    datasets = [Dataset.open(path) for path in paths]
+    places = places or Places()
+    datasets = [Dataset.open(path, places=places) for path in paths]
     if not datasets:
         raise UserError(f"{what} is empty: give it shard folders, [{{path: FOLDER, weight: 1}}], or choose data=stdlib")
     expected, whose = (
-        (tokenizer.fingerprint, "tokenizer.path") if tokenizer else (datasets[0].index.tokenizer, str(datasets[0].path))
+        (tokenizer.fingerprint, "tokenizer.path") if tokenizer else (datasets[0].index.tokenizer, datasets[0].name)
     )
     for dataset in datasets:
         if not len(dataset):
-            raise UserError(f"{what}: {dataset.path} holds no documents")
+            raise UserError(f"{what}: {dataset.name} holds no documents")
         if dataset.index.tokenizer != expected:
             raise UserError(
-                f"{what}: {dataset.path} was made by the tokenizer {dataset.index.tokenizer}, "
-                f"but {whose} is {expected}. Set tokenizer.path={dataset.path}, or build the shards again."
+                f"{what}: {dataset.name} was made by the tokenizer {dataset.index.tokenizer}, "
+                f"but {whose} is {expected}. Set tokenizer.path={dataset.tokenizer_path}, or build the shards again."
             )
+    allow_open_files(sum(2 * len(dataset.index.shards) for dataset in datasets))
+    remote = [dataset for dataset in datasets if dataset.is_remote]
+    in_use = sum(dataset.documents_of_shard(n).nbytes for dataset in remote for n in range(len(dataset.index.shards)))
+    check_room(places.cache, [[shard.size_bytes for shard in each.index.shards] for each in remote], in_use)
     return datasets
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """The tokenizer of a run, of which tokenizer.path may be in a remote shard folder. Raises UserError where it is
+    missing or unfit."""
+    path = config.tokenizer.path
+    if not locations.is_remote(path):
+        return Tokenizer.load(path)
+    places, (folder, file) = Places.of(config.data), locations.split_file(path)
+
+    def read(name: str) -> bytes:
+        try:
+            return places.read_file(f"{folder}/{name}")
+        except MissingError as error:
+            if name == file:
+                raise
+            raise FileNotFoundError(name) from error
+
+    return read_from(read, file, locations.shown(path))

@@ -13,6 +13,7 @@ never ends a document. `bytes_of_tokens` is exact, so bits a byte are.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -75,14 +76,9 @@ class Tokenizer(ABC):
         model). Raises UserError where there is none, or it is unfit."""
         try:
             file = _file_at(Path(path))
-            content = file.read_bytes()
-            kind = _kind_of(content, file.name)
-            files = {kind: content}
-            if (beside := _beside(file, kind)) is not None and beside.is_file():
-                files[BESIDE[kind]] = beside.read_bytes()
+            return read_from(lambda name: (file.parent / name).read_bytes(), file.name, str(file))
         except OSError as error:
             raise UserError(f"tokenizer {path}: {error.strerror}. Train one with tools/tokenizer.py.") from error
-        return from_files(files, str(file))
 
     @property
     def fingerprint(self) -> str:
@@ -165,6 +161,18 @@ class Tokenizer(ABC):
         return _PROBES
 
 
+def read_from(read: Callable[[str], bytes], file: str, name: str) -> Tokenizer:
+    """The tokenizer in `file` of a folder, of which `read` gives the files by their names and raises FileNotFoundError
+    where there is none. `name` is what errors call it. Raises UserError where it is unfit, and what `read` raises."""
+    content = read(file)
+    kind = _kind_of(content, file)
+    files = {kind: content}
+    if kind in BESIDE:  # gpt2.json has gpt2_config.json, o200k.tiktoken has o200k.tiktoken.json
+        with contextlib.suppress(FileNotFoundError):
+            files[BESIDE[kind]] = read(f"{Path(file).stem}_config.json" if kind == HUGGING_FACE else f"{file}.json")
+    return from_files(files, name)
+
+
 def from_files(files: Mapping[str, bytes], name: str) -> Tokenizer:
     """The tokenizer of these `files` (by their proper names); `name` is what errors call it. Raises UserError where
     they are unfit."""
@@ -236,13 +244,6 @@ def _kind_of(content: bytes, name: str) -> str:
     if name.endswith(".json") or content[:64].lstrip().startswith(b"{"):
         return HUGGING_FACE
     return TIKTOKEN if name.endswith(".tiktoken") or _TIKTOKEN_LINE.match(content) else SENTENCEPIECE
-
-
-def _beside(file: Path, kind: str) -> Path | None:
-    """The file that belongs to it: gpt2.json has gpt2_config.json, o200k.tiktoken has o200k.tiktoken.json."""
-    if kind == HUGGING_FACE:
-        return file.with_name(f"{file.stem}_config.json")
-    return file.with_name(f"{file.name}.json") if kind == TIKTOKEN else None
 
 
 def describe(tokenizer: Tokenizer, sample: str, *, specials: bool = False) -> list[tuple[str, str]]:

@@ -10,18 +10,21 @@ from pathlib import Path
 import numpy as np
 
 from bigtrain.config.errors import UserError
-from bigtrain.data import shards
+from bigtrain.data import shard_format, shards
 from bigtrain.data.progress import bar
-from bigtrain.data.shards import INDEX, Dataset
+from bigtrain.data.shard_format import INDEX
+from bigtrain.data.shards import Dataset
 from bigtrain.data.tokenizer import fingerprint_of
 
 
-def splits_of(path: Path) -> list[Path]:
-    """The data sets at `path`: itself, or the train/ and valid/ in it. Raises UserError where there is none."""
-    if (path / INDEX).exists():
-        return [path]
-    inside = [path / name for name in ("train", "valid") if (path / name / INDEX).exists()]
-    return inside or [Dataset.open(path).path]  # which raises
+def splits_of(place: str) -> list[str]:
+    """The data sets at a place: itself, or the train/ and valid/ in it. Raises UserError where there is none."""
+    if shards.is_there(place):
+        return [place]
+    inside = [f"{place.rstrip('/')}/{name}" for name in ("train", "valid")]
+    if not (found := [split for split in inside if shards.is_there(split)]):
+        Dataset.open(place)  # which raises
+    return found
 
 
 def verify(path: Path, *, progress: bool = True) -> list[str]:
@@ -45,7 +48,7 @@ def _check_tokenizer(dataset: Dataset) -> Iterator[str]:
         yield f"{dataset.path / INDEX}: its tokenizer_files are not those of the tokenizer {dataset.index.tokenizer}"
     for name, digest in dataset.index.tokenizer_files.items():
         try:
-            if shards.sha256_of(dataset.path / name) != digest:
+            if shard_format.sha256_of(dataset.path / name) != digest:
                 yield f"{dataset.path / name}: not the tokenizer that made the shards"
         except OSError as error:
             yield f"{dataset.path / name}: {error.strerror}"
@@ -63,14 +66,14 @@ def _check_shard(dataset: Dataset, number: int) -> list[str]:
     shard, rows = dataset.index.shards[number], dataset.documents_of_shard(number)
     tar, documents_file = dataset.path / shard.file, dataset.path / shard.documents_file
     problems: list[str] = []
-    if shards.sha256_of(documents_file) != shard.documents_sha256:
+    if shard_format.sha256_of(documents_file) != shard.documents_sha256:
         problems.append(f"{documents_file}: sha256 differs from the index")
     for name in ("num_tokens", "text_bytes"):
         if (total := int(rows[name].sum(dtype=np.int64))) != getattr(shard, name):
             problems.append(f"{documents_file}: {name} is {total}, the index says {getattr(shard, name)}")
     if not tar.exists():
         return [*problems, f"{tar}: missing"]
-    if shards.sha256_of(tar) != shard.sha256:
+    if shard_format.sha256_of(tar) != shard.sha256:
         problems.append(f"{tar}: sha256 differs from the index")
     data = np.memmap(tar, np.uint8, "r") if tar.stat().st_size else np.zeros(0, np.uint8)
     for row, values in enumerate(rows):
@@ -101,7 +104,7 @@ def _check_tar(tar: Path, rows: np.ndarray, dtype: str) -> Iterator[str]:
     """Read the tar as any tar program does, and compare each sample with the index."""
     count = 0
     try:
-        for key, found in shards.scan_tar(tar, dtype):
+        for key, found in shard_format.scan_tar(tar, dtype):
             if count < len(rows) and found != tuple(rows[count].tolist()):
                 yield f"{tar}: sample {key}: the tar and the index differ: {found}, {tuple(rows[count].tolist())}"
             count += 1
@@ -114,6 +117,6 @@ def _check_tar(tar: Path, rows: np.ndarray, dtype: str) -> Iterator[str]:
 
 def _name(tar: Path, values: np.void, row: int) -> str:
     try:
-        return shards.read_metadata(tar, int(values["sample"]))[0]
+        return shard_format.read_metadata(tar, int(values["sample"]))[0]
     except (tarfile.TarError, ValueError, OSError):
         return f"number {row}"

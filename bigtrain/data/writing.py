@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bigtrain.data import shards, sides
+from bigtrain.data import shard_format, sides
 from bigtrain.data.journal import Journal, sync
 from bigtrain.data.progress import bar
-from bigtrain.data.shards import DOCUMENT_DTYPE, INDEX, Index, Shard
+from bigtrain.data.shard_format import DOCUMENT_DTYPE, INDEX, Index, Shard
 from bigtrain.data.sides import Census
 from bigtrain.data.spool import Spool
 from bigtrain.data.tokenizer import Tokenizer, digests_of
@@ -151,7 +151,7 @@ def _write_shard(job: _Job) -> Shard:
     aside = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in (job.tar, documents_file)}
     with aside[job.tar].open("wb") as file:
         _write_tar(job, file)
-    samples = (row for _, row in shards.scan_tar(aside[job.tar], job.dtype))
+    samples = (row for _, row in shard_format.scan_tar(aside[job.tar], job.dtype))
     documents = np.fromiter(samples, DOCUMENT_DTYPE, len(job.rows))
     with aside[documents_file].open("wb") as file:
         np.save(file, documents, allow_pickle=False)
@@ -166,8 +166,8 @@ def _write_shard(job: _Job) -> Shard:
         num_tokens=int(documents["num_tokens"].sum(dtype=np.int64)),
         text_bytes=int(documents["text_bytes"].sum(dtype=np.int64)),
         size_bytes=job.tar.stat().st_size,
-        sha256=shards.sha256_of(job.tar),
-        documents_sha256=shards.sha256_of(documents_file),
+        sha256=shard_format.sha256_of(job.tar),
+        documents_sha256=shard_format.sha256_of(documents_file),
     )
 
 

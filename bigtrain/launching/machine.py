@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from bigtrain.config import locations
 from bigtrain.config.schema import Config, SourceConfig
 
 CPU_RANKS = 4
@@ -70,8 +70,10 @@ def _with_machine(config: Config, num_gpus: int | None) -> Config:
 
 def _with_paths(config: Config, cwd: Path) -> Config:
     def absolute(path: str) -> str:
-        if not path or re.match(r"\w+:", path):
+        if not path or locations.is_remote(path):
             return path
+        if path.startswith("file://"):
+            path = locations.parse(path).text
         return os.path.normpath(cwd / Path(path).expanduser())
 
     def sources(entries: list[SourceConfig]) -> list[SourceConfig]:
@@ -79,7 +81,9 @@ def _with_paths(config: Config, cwd: Path) -> Config:
 
     prepare = config.data.prepare
     prepare = replace(prepare, inputs=[absolute(path) for path in prepare.inputs], out=absolute(prepare.out))
-    data = replace(config.data, train=sources(config.data.train), valid=sources(config.data.valid), prepare=prepare)
+    cache = replace(config.data.cache, dir=absolute(config.data.cache.dir))
+    train, valid = sources(config.data.train), sources(config.data.valid)
+    data = replace(config.data, train=train, valid=valid, cache=cache, prepare=prepare)
     resume = config.checkpoint.resume
     return replace(
         config,

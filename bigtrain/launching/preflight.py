@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bigtrain import config as configs
-from bigtrain.config import keys
+from bigtrain.config import keys, locations
 from bigtrain.config.check import Problem, get
 from bigtrain.config.frozen import FILE
 from bigtrain.config.schema import Config
@@ -21,6 +21,8 @@ UNCHANGING = [
     "dry_run",
     "data.num_workers",
     "data.on_change",
+    "data.cache.",
+    "data.remote.",
     "data.ledger",
     "parallel.gather",
     "train.recompute",
@@ -140,14 +142,14 @@ def _inputs(config: Config) -> Iterator[Problem]:
     if _is_prepared(config):
         return
     for pattern in config.data.prepare.inputs:
-        if next(glob.iglob(pattern, recursive=True), None) is None:
+        if "://" not in pattern and next(glob.iglob(pattern, recursive=True), None) is None:
             message = "no file matches"
             yield Problem("data.prepare.inputs", pattern, message, "Name files of text, or a pattern in quotes")
 
 
 def _is_prepared(config: Config) -> bool:
     paths = [config.tokenizer.path, *(path for _, path in _shards(config))]
-    return all(Path(path).exists() for path in paths)
+    return all(locations.is_remote(path) or Path(path).exists() for path in paths)
 
 
 def _prepared_data(config: Config) -> Iterator[Problem]:
@@ -172,13 +174,13 @@ def _shards(config: Config) -> Iterator[tuple[str, str]]:
     """(key, path) of every folder of shards on this file system."""
     for split, sources in (("train", config.data.train), ("valid", config.data.valid)):
         for number, source in enumerate(sources):
-            if "://" not in source.path:
+            if not locations.is_remote(source.path):
                 yield f"data.{split}.{number}.path", source.path
 
 
 def _missing_tokenizer(config: Config) -> Iterator[Problem]:
     path = config.tokenizer.path
-    if not Path(path).exists():
+    if not locations.is_remote(path) and not Path(path).exists():
         fix = "Train one with tools/tokenizer.py train, or name another"
         yield Problem("tokenizer.path", path, "no such file", fix)
 

@@ -10,6 +10,7 @@ from bigtrain.data.baseline import unigram_cross_entropy
 from bigtrain.data.held_out import HeldOut, held_out
 from bigtrain.data.loader import StepBatch, batches, evaluation_batches
 from bigtrain.data.order import Cursor, Order, training_order
+from bigtrain.data.shards import tokenizer_of
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.topology import Topology
 from bigtrain.trainer.evaluator import Evaluator
@@ -27,7 +28,7 @@ class RunData:
     @staticmethod
     def open(config: Config, topology: Topology) -> RunData:
         """Raises UserError for data that are missing, damaged, too few, or of another tokenizer."""
-        tokenizer = Tokenizer.load(config.tokenizer.path)
+        tokenizer = tokenizer_of(config)
         length, evaluation = config.train.sequence_length, config.eval
         order = training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=tokenizer)
         wanted = evaluation.num_batches * config.train.global_batch_size

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from bigtrain.config.check import check, time_limit_minutes
-from bigtrain.config.schema import Config, DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from bigtrain.config.schema import (
+    CacheConfig,
+    Config,
+    DataConfig,
+    PrepareConfig,
+    RemoteConfig,
+    SourceConfig,
+    TokenizerConfig,
+)
 
 WORLD = 4
 
@@ -82,11 +90,16 @@ def test_a_sound_config_has_no_problem() -> None:
         ({"data__train": [SourceConfig("")]}, "data.train.0.path", "empty"),
         ({"data__valid": [SourceConfig("v", -1.0)]}, "data.valid.0.weight", "more than 0"),
         ({"data__prepare": PrepareConfig(inputs=["*.py"])}, "data.prepare.out", "empty"),
+        ({"data__prepare": PrepareConfig(inputs=["*.py"], out="s3://b/x")}, "data.prepare.out", "built on a disk"),
         (
             {"data__prepare": PrepareConfig(inputs=["*.py"], out="out"), "model__vocab_size": 2048},
             "model.vocab_size",
             "model.vocab_size=4096 or more",
         ),
+        ({"data__train": [SourceConfig("gs://b/x")]}, "data.train.0.path", "gs:// is not known"),
+        ({"data__cache": CacheConfig(max_gb=0)}, "data.cache.max_gb", "more than 0"),
+        ({"data__remote": RemoteConfig(timeout_s=float("inf"))}, "data.remote.timeout_s", "finite"),
+        ({"data__remote": RemoteConfig(retries=-1)}, "data.remote.retries", "at least 0"),
         ({"tokenizer__path": ""}, "tokenizer.path", "empty"),
         ({"tokenizer__vocab_size": -1}, "tokenizer.vocab_size", "at least 0"),
         (

@@ -14,7 +14,8 @@ from bigtrain.config.errors import UserError
 from bigtrain.data import build as building
 from bigtrain.data import sides, tokenising, writing
 from bigtrain.data.build import BuildOptions, build
-from bigtrain.data.shards import Dataset, Index
+from bigtrain.data.shard_format import Index
+from bigtrain.data.shards import Dataset
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.verify import verify
 

@@ -267,6 +267,6 @@ def test_the_command_says_errors_in_one_line(config: Config, tmp_path: Path, cap
 
 
 def test_importing_it_takes_nothing_that_is_slow() -> None:
-    slow = {"torch", "pyarrow", "fsspec", "aiohttp", "webdataset"}
+    slow = {"torch", "pyarrow", "requests", "fsspec", "s3fs", "aiohttp", "webdataset"}
     code = f"import sys, bigtrain.data.prepare, bigtrain.data.order; sys.exit(bool({slow} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bigtrain.config.errors import UserError
-from bigtrain.data import shards
+from bigtrain.data import shard_format
 from bigtrain.data.shards import Dataset
 from bigtrain.data.verify import verify
 
@@ -129,7 +129,7 @@ def test_a_scan_stops_at_a_member_that_does_not_belong(copy: Path) -> None:
     with tarfile.open(copy / "shard-000000.tar", "a") as tar:
         tar.add(copy / "index.json", arcname="stranger.txt")
     with pytest.raises(ValueError, match="sample stranger"):
-        list(shards.scan_tar(copy / "shard-000000.tar", "<u2"))
+        list(shard_format.scan_tar(copy / "shard-000000.tar", "<u2"))
 
 
 def test_the_tool_shows_and_refuses(built: Path, tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.config.schema import CheckpointConfig, ClusterConfig, Config, DataConfig, RunConfig, SourceConfig
+from bigtrain.config.schema import (
+    CacheConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    RunConfig,
+    SourceConfig,
+)
 from bigtrain.launching import machine
 from bigtrain.launching.environment import Place, free_port, rank_environment
 from bigtrain.launching.local import rank_commands
@@ -46,14 +54,16 @@ def test_gpus_that_are_visible(
 
 
 def test_paths_are_absolute_from_where_the_command_was_given() -> None:
+    paths = ["x/../y", "/z", "file:///my%20text", "s3://bucket/z", "https://h/../z", "pipe:cat z/{file}"]
     config = Config(
         run=RunConfig(dir="runs/a"),
-        data=DataConfig(train=[SourceConfig("x/../y"), SourceConfig("/z"), SourceConfig("s3://bucket/z")]),
+        data=DataConfig(train=[SourceConfig(path) for path in paths], cache=CacheConfig("cache")),
         checkpoint=CheckpointConfig(resume="auto"),
     )
     config = machine.resolve(config, cwd=Path("/here"), num_gpus=0)
     assert config.run.dir == "/here/runs/a"
-    assert [source.path for source in config.data.train] == ["/here/y", "/z", "s3://bucket/z"]
+    assert [source.path for source in config.data.train] == ["/here/y", "/z", "/my text", *paths[3:]]
+    assert config.data.cache.dir == "/here/cache"
     assert config.tokenizer.path == "" and config.checkpoint.resume == "auto"
 
 

@@ -12,10 +12,12 @@ import pytest
 
 from bigtrain import config as configs
 from bigtrain.config.schema import (
+    CacheConfig,
     ClusterConfig,
     Config,
     DataConfig,
     PrepareConfig,
+    RemoteConfig,
     RunConfig,
     ScheduleConfig,
     SourceConfig,
@@ -56,6 +58,12 @@ def test_missing_data_path_is_named(config: Config, tmp_path: Path) -> None:
     missing = str(tmp_path / "nowhere")
     (text,) = texts(changed(config, "data", valid=[SourceConfig(missing)]))
     assert f"data.valid.0.path={missing}" in text and "tools/shards.py" in text
+
+
+@pytest.mark.parametrize("place", ["https://host/data", "s3://bucket/data", "pipe:cat /nowhere/{file}"])
+def test_what_is_remote_is_not_missing(config: Config, place: str) -> None:
+    config = changed(config, "data", train=[SourceConfig(place)])
+    assert texts(changed(config, "tokenizer", path=f"{place}/tokenizer.model")) == []
 
 
 def test_folder_without_index_is_no_data(config: Config, tmp_path: Path) -> None:
@@ -159,7 +167,7 @@ def test_run_that_failed_before_its_first_step_may_be_corrected(config: Config) 
         ("checkpoint", {"interval": 7, "keep": 9, "resume": "never"}),
         ("eval", {"interval": 3}),
         ("train", {"recompute": "full"}),
-        ("data", {"num_workers": 0}),
+        ("data", {"num_workers": 0, "cache": CacheConfig("/x", 7), "remote": RemoteConfig(7, 7)}),
     ],
 )
 def test_what_a_run_may_change(config: Config, group: str, values: dict[str, Any]) -> None:
