@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,18 @@ class Piece:
     """How often the source (under concat: its lane) went through its documents before."""
 
 
+@dataclass(frozen=True)
+class Census:
+    """All documents of a source, for an audit."""
+
+    documents: np.ndarray
+    """int64[documents], in rising order."""
+    num_tokens: np.ndarray
+    """int64[documents]"""
+    epochs_ended: np.ndarray
+    """int64[documents]: how often the document must have been a target, whole."""
+
+
 class Lanes:
     """One data set, dealt into endless streams of tokens. Safe to use from many threads."""
 
@@ -57,21 +70,23 @@ class Lanes:
         self._documents = deal(self._num_tokens, num_lanes)
         self.num_tokens_of_lanes = [int(self._num_tokens[documents].sum()) for documents in self._documents]
         """Tokens of one epoch of each lane."""
-        self.streams = np.zeros(len(dataset), np.int64)
-        """int64[documents]: the lane of each."""
-        for lane, documents in enumerate(self._documents):
-            self.streams[documents] = lane
         self._epochs: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
         self._lock = threading.Lock()
 
-    def pieces(self, number: int) -> list[Piece]:
-        """Where the S + 1 tokens of the source's sequence `number` lie: sequence number // L of lane number % L."""
-        row, lane = divmod(number, len(self._documents))
+    def pieces(self, lane: int, row: int) -> list[Piece]:
+        """Where the S + 1 tokens of sequence `row` of a lane lie."""
         return self.stream(lane, row * self._size, self._size + 1)
 
-    def epochs(self, number: int) -> float:
-        """How often the first `number` sequences went through the data."""
-        return number * self._size / sum(self.num_tokens_of_lanes)
+    def epochs(self, rows: Sequence[int]) -> float:
+        """How often the first `rows[lane]` sequences of each lane went through the data."""
+        return sum(rows) * self._size / sum(self.num_tokens_of_lanes)
+
+    def census(self, rows: Sequence[int]) -> Census:
+        """All documents, and what the first `rows[lane]` sequences of each lane made of them."""
+        ended = np.zeros(len(self._num_tokens), np.int64)
+        for documents, size, count in zip(self._documents, self.num_tokens_of_lanes, rows, strict=True):
+            ended[documents] = count * self._size // size
+        return Census(np.arange(len(ended)), self._num_tokens, ended)
 
     def stream(self, lane: int, start: int, count: int) -> list[Piece]:
         """Where tokens [start, start + count) of the lane's stream lie."""

@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from bigtrain.config.errors import UserError
+from bigtrain.data.lanes import Census
 from bigtrain.data.order import Order, Window
 
 FOLDER = "ledger"
@@ -128,8 +129,9 @@ def audit(order: Order, entries: Sequence[Entry], *, advance: Any = None) -> Aud
             advance(1)
     table = np.array(pieces, np.int64).reshape(-1, 5)
     found.tokens = int((table[:, 4] - table[:, 3]).sum())
+    consumed = max((entry.first + entry.size for entry in entries), default=0)
     for source, dataset in enumerate(order.datasets):
-        problem, epochs = _epochs(table[table[:, 0] == source], order, source)
+        problem, epochs = _epochs(table[table[:, 0] == source], order.census(source, consumed))
         found.problems += [f"data {dataset.name}: {problem}"] if problem else []
         found.epochs[dataset.name] = epochs
     return found
@@ -162,15 +164,12 @@ def _steps(entries: Sequence[Entry]) -> Iterator[str]:
         expected_step, expected_first = step + 1, parts[0].first + parts[0].size
 
 
-def _epochs(table: np.ndarray, order: Order, source: int) -> tuple[str | None, list[tuple[int, int]]]:
+def _epochs(table: np.ndarray, census: Census) -> tuple[str | None, list[tuple[int, int]]]:
     """(the first problem, documents whole and in part in each epoch) of one source. Rows of `table`: source, epoch,
     document, first target, end of targets."""
     if not len(table):
         return None, []
-    sizes = order.datasets[source].num_tokens_of_documents()
-    streams = order.streams_of_documents(source)
-    last_epoch_of_streams = np.zeros(int(streams.max()) + 1, np.int64)
-    np.maximum.at(last_epoch_of_streams, streams[table[:, 2]], table[:, 1])
+    documents, sizes = census.documents, census.num_tokens
     counts: list[tuple[int, int]] = []
     for epoch in range(int(table[:, 1].max()) + 1):
         rows = table[table[:, 1] == epoch]
@@ -181,11 +180,11 @@ def _epochs(table: np.ndarray, order: Order, source: int) -> tuple[str | None, l
         if len(overlaps):
             _, _, document, token, _ = rows[overlaps[0] + 1].tolist()
             return f"document {document}, token {token}, is repeated in epoch {epoch}", counts
-        covered = np.bincount(rows[:, 2], weights=rows[:, 4] - rows[:, 3], minlength=len(sizes)).astype(np.int64)
-        ended = last_epoch_of_streams[streams] > epoch
-        lacking = np.flatnonzero(ended & (covered < sizes - 1))
+        covered = np.zeros(len(documents), np.int64)
+        np.add.at(covered, np.searchsorted(documents, rows[:, 2]), rows[:, 4] - rows[:, 3])
+        lacking = np.flatnonzero((census.epochs_ended > epoch) & (covered < sizes - 1))
         if len(lacking):
-            return f"document {lacking[0]} is not whole in epoch {epoch}, which has ended", counts
+            return f"document {documents[lacking[0]]} is not whole in epoch {epoch}, which has ended", counts
         whole = int((covered == sizes - 1).sum())
         counts.append((whole, int((covered > 0).sum()) - whole))
     return None, counts

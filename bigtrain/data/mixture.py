@@ -1,9 +1,13 @@
 """Which source a global sequence comes from, and which of that source's own sequences it is.
 
-A mixture is a list of stages. A stage begins at a global sequence and gives each source a weight; within it the sources
-take turns by a fixed pattern, so that any sequence is found by arithmetic. Sources are known by their content (a
-fingerprint), and each counts its own sequences through all stages: where the weights change, planned or in the middle
-of a run, a source goes on behind what was consumed of it, and one that is left out keeps its place.
+Global sequence i is row i // L of lane i % L. Every lane takes from all sources, by a fixed pattern: lane l begins at
+place l of it and goes on by one in each row. So each row and each lane has its share of every source, any sequence is
+found by arithmetic, and a source is read lane by lane, each lane in its own order from its beginning on.
+
+A mixture is a list of stages. A stage begins at a global sequence and gives each source a weight. Sources are known by
+their content (a fingerprint), and each counts its own rows of a lane through all stages: where the weights change,
+planned or in the middle of a run, a source goes on behind what was consumed of it, and one that is left out keeps its
+place.
 """
 
 from __future__ import annotations
@@ -59,32 +63,39 @@ class Stage:
 class Mixture:
     """The stages of a run, those that are consumed and those to come."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage], num_lanes: int) -> None:
         """`stages`, the first of which begins at sequence 0, in rising order. Raises ValueError otherwise."""
         firsts = [stage.first for stage in stages]
         if not stages or firsts[0] != 0 or firsts != sorted(set(firsts)):
             raise ValueError(f"stages begin at sequences {firsts}: from 0 on, each later than the one before")
-        self.stages = list(stages)
+        self.stages, self.num_lanes = list(stages), num_lanes
         self._firsts = firsts
         self._names = [[name for name, weight in stage.weights.items() if weight > 0] for stage in stages]
         self._patterns = [
             Pattern([stage.weights[name] for name in names]) for stage, names in zip(stages, self._names, strict=True)
         ]
-        self._consumed: list[dict[str, int]] = [{}]
-        """Of each stage: sequences of each source that the stages before it took."""
+        self._consumed: list[list[dict[str, int]]] = [[{} for _ in range(num_lanes)]]
+        """Of each stage and lane: rows of each source that the stages before it took."""
         for first in firsts[1:]:
-            self._consumed.append(self._after(len(self._consumed) - 1, first))
+            self._consumed.append([self._after(len(self._consumed) - 1, lane, first) for lane in range(num_lanes)])
 
-    def locate(self, number: int) -> tuple[str, int]:
-        """(source, which of its own sequences) of global sequence `number`."""
+    def locate(self, number: int) -> tuple[str, int, int]:
+        """(source, lane, which of the source's own rows in this lane) of global sequence `number`."""
         stage = bisect.bisect_right(self._firsts, number) - 1
-        source, own = self._patterns[stage].locate(number - self._firsts[stage])
-        name = self._names[stage][source]
-        return name, own + self._consumed[stage].get(name, 0)
+        row, lane = divmod(number, self.num_lanes)
+        pattern, names = self._patterns[stage], self._names[stage]
+        if len(names) == 1:
+            own, name = row - self._first_row(stage, lane), names[0]
+        else:
+            source, place = pattern.locate(row - self._first_row(stage, lane) + lane)
+            own, name = place - pattern.counts(lane)[source], names[source]
+        return name, lane, own + self._consumed[stage][lane].get(name, 0)
 
-    def consumed(self, number: int) -> dict[str, int]:
-        """Own sequences of each source among the global sequences before `number`."""
-        return self._after(max(bisect.bisect_left(self._firsts, number) - 1, 0), number)
+    def consumed(self, number: int) -> dict[str, list[int]]:
+        """Own rows of each source in each lane among the global sequences before `number`."""
+        stage = max(bisect.bisect_left(self._firsts, number) - 1, 0)
+        lanes = [self._after(stage, lane, number) for lane in range(self.num_lanes)]
+        return {name: [lane.get(name, 0) for lane in lanes] for name in {name for lane in lanes for name in lane}}
 
     def with_plan(self, plan: Mixture, number: int) -> Mixture:
         """This mixture up to sequence `number`, and from there on what `plan` says of the sequences from there on."""
@@ -93,7 +104,7 @@ class Mixture:
         to_come = [Stage(number, plan.stages[current].weights), *plan.stages[current + 1 :]]
         if past and past[-1].weights == to_come[0].weights:
             to_come = to_come[1:]
-        return Mixture([*past, *to_come])
+        return Mixture([*past, *to_come], self.num_lanes)
 
     def to_json(self) -> list[dict[str, Any]]:
         return [
@@ -102,23 +113,31 @@ class Mixture:
         ]
 
     @staticmethod
-    def from_json(values: Sequence[Mapping[str, Any]]) -> Mixture:
+    def from_json(values: Sequence[Mapping[str, Any]], num_lanes: int) -> Mixture:
         """Raises ValueError, KeyError or TypeError for what `to_json` did not write."""
         return Mixture(
             [
                 Stage(int(value["first"]), {str(name): _fraction(weight) for name, weight in value["weights"].items()})
                 for value in values
-            ]
+            ],
+            num_lanes,
         )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mixture) and self.stages == other.stages
 
-    def _after(self, stage: int, number: int) -> dict[str, int]:
-        counts = self._patterns[stage].counts(number - self._firsts[stage])
-        found = dict(self._consumed[stage])
-        for name, count in zip(self._names[stage], counts, strict=True):
-            found[name] = found.get(name, 0) + count
+    def _first_row(self, stage: int, lane: int) -> int:
+        """Of the lane in the stage."""
+        return -((lane - self._firsts[stage]) // self.num_lanes)
+
+    def _after(self, stage: int, lane: int, number: int) -> dict[str, int]:
+        """Own rows of each source in a lane before global sequence `number`, which the stage reaches."""
+        rows = -((lane - number) // self.num_lanes) - self._first_row(stage, lane)
+        pattern, found = self._patterns[stage], dict(self._consumed[stage][lane])
+        for name, before, after in zip(
+            self._names[stage], pattern.counts(lane), pattern.counts(lane + rows), strict=True
+        ):
+            found[name] = found.get(name, 0) + after - before
         return found
 
 

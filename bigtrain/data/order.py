@@ -21,7 +21,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig, SourceConfig
 from bigtrain.data import shards
 from bigtrain.data.folders import Places
-from bigtrain.data.lanes import Lanes, Piece
+from bigtrain.data.lanes import Census, Lanes, Piece
 from bigtrain.data.mixture import Mixture, Stage
 from bigtrain.data.packing import PackedSequences
 from bigtrain.data.shards import Dataset
@@ -53,23 +53,28 @@ class Cursor:
     """Where those sequences came from, and what was planned for those behind them."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"num_sequences": self.num_sequences, "order": self.order, "mixture": self.mixture.to_json()}
+        return {
+            "num_sequences": self.num_sequences,
+            "order": self.order,
+            "num_lanes": self.mixture.num_lanes,
+            "mixture": self.mixture.to_json(),
+        }
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Cursor:
         """Raises ValueError, KeyError or TypeError for what `to_dict` did not write."""
-        return Cursor(int(values["num_sequences"]), str(values["order"]), Mixture.from_json(values["mixture"]))
+        mixture = Mixture.from_json(values["mixture"], int(values["num_lanes"]))
+        return Cursor(int(values["num_sequences"]), str(values["order"]), mixture)
 
 
 class Sequences(Protocol):
     """The endless sequences of one source, in their order."""
 
-    streams: np.ndarray
-    """int64[documents]: which of the source's streams each is in; a stream ends an epoch before it begins the next."""
+    def pieces(self, lane: int, row: int) -> list[Piece]: ...
 
-    def pieces(self, number: int) -> list[Piece]: ...
+    def epochs(self, rows: Sequence[int]) -> float: ...
 
-    def epochs(self, number: int) -> float: ...
+    def census(self, rows: Sequence[int]) -> Census: ...
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class Order:
         self._sequences: list[Sequences] = [
             Lanes(dataset, seed=seed, num_lanes=num_lanes, sequence_length=sequence_length, source=place)
             if pack == "concat"
-            else PackedSequences(dataset, seed=seed, sequence_length=sequence_length, source=place)
+            else PackedSequences(dataset, seed=seed, num_lanes=num_lanes, sequence_length=sequence_length, source=place)
             for place, dataset in enumerate(self.datasets)
         ]
         self.mixture = self._planned()
@@ -167,20 +172,21 @@ class Order:
         """How often each source was gone through in so many global sequences, by its folder."""
         consumed = self.mixture.consumed(num_sequences)
         return {
-            dataset.name: sequences.epochs(consumed.get(name, 0))
+            dataset.name: sequences.epochs(consumed[name]) if name in consumed else 0.0
             for name, dataset, sequences in zip(self._names, self.datasets, self._sequences, strict=True)
         }
 
-    def streams_of_documents(self, source: int) -> np.ndarray:
-        """int64[documents]: what an audit has to know. Each stream of a source goes through its epochs by itself."""
-        return self._sequences[source].streams
+    def census(self, source: int, num_sequences: int) -> Census:
+        """All documents of a source, and what so many global sequences made of them."""
+        nothing = [0] * self.num_lanes
+        return self._sequences[source].census(self.mixture.consumed(num_sequences).get(self._names[source], nothing))
 
     def pieces(self, number: int) -> list[Piece]:
         """What is in global sequence `number`."""
-        name, own = self.mixture.locate(number)
+        name, lane, row = self.mixture.locate(number)
         if name not in self._names:
             raise UserError(f"sequence {number:,} came from data {name}, which data.train does not name any more")
-        return self._sequences[self._names.index(name)].pieces(own)
+        return self._sequences[self._names.index(name)].pieces(lane, row)
 
     def sequence(self, number: int) -> Window:
         """Global sequence `number`. Random access; costs a binary search and a copy."""
@@ -196,7 +202,7 @@ class Order:
                 raise UserError(f"data.train: no source has a weight above 0 from token {tokens:,} on")
             first = -(-tokens // self.sequence_length)
             stages[first] = Stage(first, weights)
-        return Mixture(list(stages.values()))
+        return Mixture(list(stages.values()), self.num_lanes)
 
     def _told(self, mixture: Mixture) -> str:
         paths = {name: dataset.name for name, dataset in zip(self._names, self.datasets, strict=True)}

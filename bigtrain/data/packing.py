@@ -6,6 +6,7 @@ bin that it fits. Only the sizes matter for that, and there are at most S + 1 of
 documents takes as many array operations as there are sizes (after Krell et al., https://arxiv.org/abs/2107.02027).
 
 Attention and positions keep to a chunk, so its neighbours in a bin do not matter, and the same bins serve every epoch.
+Row r of lane l is bin r L + l of the epochs' orders, one behind the other.
 Each epoch draws the order of the bins anew, those of one group of shards together: so all ranks read from few shards at
 a time, and a cache of shards serves them.
 """
@@ -13,11 +14,12 @@ a time, and a cache of shards serves them.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from bigtrain.data.lanes import Piece, draw_order
+from bigtrain.data.lanes import Census, Piece, draw_order
 from bigtrain.data.shards import Dataset
 
 _GROUP_BINS = 1000
@@ -25,9 +27,9 @@ _GROUP_BINS = 1000
 
 
 class PackedSequences:
-    """One data set in bins: sequence i of the source is bin i of an endless order. Safe to use from many threads."""
+    """One data set in bins, an endless order of them. Safe to use from many threads."""
 
-    def __init__(self, dataset: Dataset, *, seed: int, sequence_length: int, source: int = 0) -> None:
+    def __init__(self, dataset: Dataset, *, seed: int, num_lanes: int, sequence_length: int, source: int = 0) -> None:
         """`source`: what the pieces are to say."""
         num_tokens, shards = dataset.num_tokens_of_documents(), dataset.shards_of_documents()
         tokens_of_shards = np.bincount(shards, weights=num_tokens).astype(np.int64)
@@ -37,9 +39,8 @@ class PackedSequences:
         bins = [pack(num_tokens[part], sequence_length) for part in parts]
         self._bins = _joined(bins, parts)
         self._groups = np.repeat(np.arange(len(bins)), [len(each) for each in bins])
-        self._seed, self._source = seed, source
-        self.streams = np.zeros(len(dataset), np.int64)
-        """int64[documents]: all documents go through an epoch together."""
+        self._seed, self._num_lanes, self._source = seed, num_lanes, source
+        self._num_tokens = num_tokens
         self._epochs: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         capacity = len(self._bins) * (sequence_length + 1)
@@ -48,9 +49,9 @@ class PackedSequences:
         self.cut_documents = len(np.unique(self._bins.documents[self._bins.starts > 0]))
         """Documents that are longer than a bin."""
 
-    def pieces(self, number: int) -> list[Piece]:
-        """What is in the source's sequence `number`."""
-        epoch, place = divmod(number, len(self._bins))
+    def pieces(self, lane: int, row: int) -> list[Piece]:
+        """What is in sequence `row` of a lane."""
+        epoch, place = divmod(row * self._num_lanes + lane, len(self._bins))
         chunks = self._bins.chunks(int(self._epoch(epoch)[place]))
         columns = (self._bins.documents[chunks], self._bins.starts[chunks], self._bins.sizes[chunks])
         return [
@@ -58,9 +59,15 @@ class PackedSequences:
             for document, start, size in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
-    def epochs(self, number: int) -> float:
-        """How often the first `number` sequences went through the data."""
-        return number / len(self._bins)
+    def epochs(self, rows: Sequence[int]) -> float:
+        """How often the first `rows[lane]` sequences of each lane went through the data."""
+        return sum(rows) / len(self._bins)
+
+    def census(self, rows: Sequence[int]) -> Census:
+        """All documents, and what the first `rows[lane]` sequences of each lane made of them."""
+        reached = min(count * self._num_lanes + lane for lane, count in enumerate(rows))
+        ended = np.full(len(self._num_tokens), reached // len(self._bins))
+        return Census(np.arange(len(ended)), self._num_tokens, ended)
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """The bins in this epoch's order. The newest two epochs are kept."""

@@ -5,6 +5,7 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bigtrain.config.errors import UserError
@@ -36,7 +37,7 @@ def shares(mixture: Mixture, first: int, count: int) -> dict[str, float]:
 
 def test_observed_shares_are_those_asked_for() -> None:
     weights = {"web": Fraction("0.7"), "code": Fraction("0.2"), "books": Fraction("0.07"), "poems": Fraction("0.03")}
-    found = shares(Mixture([Stage(0, weights)]), 0, 10_000)
+    found = shares(Mixture([Stage(0, weights)], 64), 0, 6_400)
     for name, weight in weights.items():
         assert found[name] == pytest.approx(float(weight), abs=0.001)
 
@@ -48,16 +49,25 @@ def test_each_source_counts_on_through_the_stages() -> None:
             Stage(0, {"a": Fraction(1), "b": Fraction(1)}),
             Stage(101, {"a": Fraction(0), "b": Fraction(3), "c": Fraction(1)}),
             Stage(333, {"a": Fraction(2), "c": Fraction(1)}),
-        ]
+        ],
+        num_lanes=7,
     )
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, int]] = Counter()
     for number in range(1000):
-        assert mixture.consumed(number) == {name: seen[name] for name in mixture.consumed(number)}
-        name, own = mixture.locate(number)
-        assert own == seen[name]
-        seen[name] += 1
-    assert shares(mixture, 101, 232)["b"] == pytest.approx(0.75, abs=0.01)
-    assert shares(mixture, 333, 600) == {"a": pytest.approx(2 / 3), "c": pytest.approx(1 / 3)}
+        consumed = mixture.consumed(number)
+        assert consumed == {name: [seen[name, lane] for lane in range(7)] for name in consumed}
+        name, lane, own = mixture.locate(number)
+        assert (lane, own) == (number % 7, seen[name, lane])
+        seen[name, lane] += 1
+    assert shares(mixture, 101, 232)["b"] == pytest.approx(0.75, abs=0.02)
+    assert shares(mixture, 336, 630) == {"a": pytest.approx(2 / 3), "c": pytest.approx(1 / 3)}
+
+
+def test_every_lane_and_every_row_has_its_share() -> None:
+    """So every data rank reads all lanes of its own of every source, and every batch is mixed."""
+    mixture = Mixture([Stage(0, {"a": Fraction("0.75"), "b": Fraction("0.25")})], 16)
+    names = np.array([mixture.locate(number)[0] == "b" for number in range(16 * 40)]).reshape(40, 16)
+    assert (names.sum(0) == 10).all() and (names.sum(1) == 4).all()
 
 
 def test_a_plan_of_weights_over_tokens(train: Dataset, valid: Dataset) -> None:
@@ -75,13 +85,15 @@ def test_a_change_in_the_middle_repeats_nothing(train: Dataset, valid: Dataset) 
         after.go_on_from(cursor)
     assert after.go_on_from(cursor, accept_change=True)
     alone = [order(Source(valid)), order(Source(train))]
-    seen = [0, 50]
+    seen = [[0] * LANES, [len(range(lane, 50, LANES)) for lane in range(LANES)]]
     for number in range(50, 250):
-        pieces = after.pieces(number)
+        pieces, lane = after.pieces(number), number % LANES
         source = pieces[0].source
-        assert [p.document for p in pieces] == [p.document for p in alone[source].pieces(seen[source])]
-        seen[source] += 1
-    assert seen == [100, 150]
+        assert [p.document for p in pieces] == [
+            p.document for p in alone[source].pieces(seen[source][lane] * LANES + lane)
+        ]
+        seen[source][lane] += 1
+    assert [sum(each) for each in seen] == [100, 150]
     again = order(Source(valid, 1.0), Source(train, 1.0))
     assert not again.go_on_from(after.cursor(120)), "the second stop finds nothing new"
     assert [again.pieces(number) for number in range(120, 140)] == [after.pieces(number) for number in range(120, 140)]
@@ -116,4 +128,4 @@ def test_a_time_without_data(train: Dataset) -> None:
 )
 def test_what_is_no_mixture(values: list[dict[str, object]]) -> None:
     with pytest.raises(ValueError):
-        Mixture.from_json(values)
+        Mixture.from_json(values, 8)

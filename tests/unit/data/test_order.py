@@ -159,13 +159,13 @@ def test_pattern_gives_each_its_share_at_any_time() -> None:
 def test_each_source_keeps_its_own_order(train: Dataset, valid: Dataset) -> None:
     mixed = Order([Source(train, 3.0), Source(valid, 1.0)], seed=1, num_lanes=LANES, sequence_length=S)
     alone = [make(train), make(valid)]
-    seen = [0, 0]
+    seen = [[0] * LANES, [0] * LANES]
     for number in range(400):
-        window = mixed.sequence(number)
+        window, lane = mixed.sequence(number), number % LANES
         source = window.pieces[0].source
-        assert np.array_equal(window.tokens, alone[source].sequence(seen[source]).tokens)
-        seen[source] += 1
-    assert seen == [300, 100]
+        assert np.array_equal(window.tokens, alone[source].sequence(seen[source][lane] * LANES + lane).tokens)
+        seen[source][lane] += 1
+    assert [sum(each) for each in seen] == [300, 100]
 
 
 # Held-out data

@@ -65,9 +65,12 @@ def test_few_places_stay_empty() -> None:
 @pytest.mark.parametrize("group_bins", [3, 1000])
 def test_every_document_once_an_epoch(train: Dataset, group_bins: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_GROUP_BINS", group_bins)
-    sequences = PackedSequences(train, seed=3, sequence_length=S)
+    sequences = PackedSequences(train, seed=3, num_lanes=4, sequence_length=S)
     size = len(sequences._bins)
-    epochs = [[tuple(sequences.pieces(number)) for number in range(n * size, (n + 1) * size)] for n in range(2)]
+    epochs = [
+        [tuple(sequences.pieces(number % 4, number // 4)) for number in range(n * size, (n + 1) * size)]
+        for n in range(2)
+    ]
     for epoch, windows in enumerate(epochs):
         pieces = [piece for window in windows for piece in window]
         assert all(piece.epoch == epoch for piece in pieces)
@@ -76,16 +79,16 @@ def test_every_document_once_an_epoch(train: Dataset, group_bins: int, monkeypat
         assert set(targets.values()) == {1}
         assert len(targets) == train.index.num_tokens - len(train)
     assert [[p.document for p in window] for window in epochs[0]] != [[p.document for p in w] for w in epochs[1]]
-    assert sequences.epochs(3 * size) == 3.0
+    assert sequences.epochs([len(range(lane, 3 * size, 4)) for lane in range(4)]) == 3.0
 
 
 def test_shards_stay_together(train: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that few of them are read at a time."""
     monkeypatch.setattr(packing, "_GROUP_BINS", 1)
     assert len(train.index.shards) > 2
-    sequences = PackedSequences(train, seed=3, sequence_length=S)
+    sequences = PackedSequences(train, seed=3, num_lanes=1, sequence_length=S)
     shards = train.shards_of_documents()
-    read = [shards[sequences.pieces(number)[0].document] for number in range(len(sequences._bins))]
+    read = [shards[sequences.pieces(0, number)[0].document] for number in range(len(sequences._bins))]
     changes = sum(one != other for one, other in itertools.pairwise(read))
     assert changes < 3 * len(train.index.shards)
 
@@ -109,8 +112,8 @@ def test_what_is_packed_begins_anew(train: Dataset) -> None:
 
 
 def test_what_stays_empty_and_what_is_cut_is_known(train: Dataset) -> None:
-    sequences = PackedSequences(train, seed=1, sequence_length=S)
-    empty = 1 - sum(piece.count for number in range(len(sequences._bins)) for piece in sequences.pieces(number)) / (
+    sequences = PackedSequences(train, seed=1, num_lanes=1, sequence_length=S)
+    empty = 1 - sum(piece.count for number in range(len(sequences._bins)) for piece in sequences.pieces(0, number)) / (
         len(sequences._bins) * (S + 1)
     )
     assert sequences.padding == pytest.approx(empty)

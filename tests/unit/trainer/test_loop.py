@@ -19,7 +19,7 @@ from bigtrain.data.order import Cursor
 from bigtrain.engine.engine import LossSum
 from bigtrain.trainer.loop import Position, Throughput, due, fit, last_step, timed
 
-MIXTURE = Mixture([Stage(0, {"data": Fraction(1)})])
+MIXTURE = Mixture([Stage(0, {"data": Fraction(1)})], 8)
 CONFIG = Config(
     train=TrainConfig(num_steps=10, global_batch_size=4, sequence_length=8),
     optim=OptimConfig(lr=2.0),
