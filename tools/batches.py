@@ -19,6 +19,7 @@ from bigtrain.data.ledger import Audit
 from bigtrain.data.order import Cursor, Order, training_order
 from bigtrain.data.progress import bar
 from bigtrain.data.shards import tokenizer_of
+from bigtrain.data.text_tars import is_text
 
 EXAMPLES = """examples:
   python tools/batches.py show runs/default --step 100
@@ -70,9 +71,8 @@ def told(order: Order, piece: Piece) -> str:
     """Where a piece comes from."""
     dataset = order.datasets[piece.source]
     key, metadata = dataset.describe(piece.document)
-    shard = dataset.index.shards[dataset.shard_of(piece.document)].file
     return (
-        f"{dataset.name}/{shard}: document {piece.document} ({key}), tokens {piece.start} to "
+        f"{dataset.name}/{dataset.file_of(piece.document)}: document {piece.document} ({key}), tokens {piece.start} to "
         f"{piece.start + piece.count - 1}, epoch {piece.epoch}, from {metadata['source']}"
     )
 
@@ -101,7 +101,10 @@ def summary(found: Audit) -> list[str]:
 def open_run(folder: Path) -> tuple[Config, Order]:
     """The run's config and order, with the mixtures that its newest checkpoint remembers. Raises UserError."""
     config = configs.load(folder)
-    order = training_order(config.data, seed=config.run.seed, sequence_length=config.train.sequence_length)
+    tokenizer = tokenizer_of(config) if any(is_text(source.path) for source in config.data.train) else None
+    order = training_order(
+        config.data, seed=config.run.seed, sequence_length=config.train.sequence_length, tokenizer=tokenizer
+    )
     newest = checkpoints.newest(folder / "checkpoints")
     if newest is not None:
         order.go_on_from(Cursor.from_dict(checkpoints.state_of(newest)["cursor"]), accept_change=True)

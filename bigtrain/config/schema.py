@@ -173,11 +173,14 @@ class SourceConfig:
 
     path: str = ""
     """Folder that tools/shards.py built, http(s)://HOST/FOLDER, s3://BUCKET/FOLDER, or a command that prints a file of
-    it: pipe:COMMAND, with {file} where the name goes."""
+    it: pipe:COMMAND, with {file} where the name goes. To train on raw text, WebDataset tars of .txt or .json: a folder
+    of them, or their names with {000..127}: s3://BUCKET/FOLDER/web-{000..127}.tar."""
     weight: float = 1.0
     """Share of the tokens, relative to the other sources."""
     then: list[WeightConfig] = field(default_factory=list[WeightConfig])
     """Weights from later on: [{from_tokens: 2_000_000_000, weight: 0.5}]. Not used for held-out data."""
+    field: str = "text"
+    """Of raw text: key of the text in .json members of the tars."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,9 @@ class DataConfig:
     pack: str = _choice("concat", "concat", "best_fit")
     """concat: documents end to end, cut at the sequence length. best_fit: whole documents together as they fit, only
     longer ones cut; less than 1 % of the places stay empty. Attention is kept within each document either way."""
+    max_bad_fraction: float = 0.0
+    """Share of a source's bytes that may be bad (damaged, not UTF-8, empty): those documents are skipped and counted by
+    reason. 0: the run stops at the first, and names it."""
     ledger: bool = True
     """Write down what each data rank was fed in each step (RUN/ledger, 0.1 kB a step): `tools/batches.py audit` proves
     from it that nothing was repeated or left out."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from bigtrain.data.faults import BadDocument
 from bigtrain.data.shards import Dataset
 
 _BLOCK_TOKENS = 1 << 22
@@ -33,7 +34,10 @@ def _blocks(datasets: Sequence[Dataset], max_tokens: int) -> Iterator[np.ndarray
         parts: list[np.ndarray] = []
         held, left = 0, max_tokens // len(datasets)
         for document in range(len(dataset)):
-            tokens = dataset.tokens(document, 1, 1 + left)
+            try:
+                tokens = dataset.tokens(document, 1, 1 + left)
+            except BadDocument:  # training tells of it where it meets it
+                continue
             parts.append(tokens)
             held, left = held + len(tokens), left - len(tokens)
             if held >= _BLOCK_TOKENS or not left:

@@ -28,6 +28,7 @@ from typing import Any
 
 from bigtrain.config.errors import UserError
 from bigtrain.data import claim, inputs, readers, sides, writing
+from bigtrain.data.encoding import token_dtype
 from bigtrain.data.journal import sync
 from bigtrain.data.readers import Drops
 from bigtrain.data.shard_format import Index
@@ -190,11 +191,6 @@ def _run(
             split, work.written, folder, tokenizer, dtype, made=made, dropped=counts
         )
     return BuildReport(indexes, spool.dropped)
-
-
-def token_dtype(vocab_size: int) -> str:
-    """How tokens are stored: two bytes each where the vocabulary fits, else four."""
-    return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import resource
@@ -39,9 +40,10 @@ class Folder(Protocol):
         ...
 
     def map(
-        self, file: str, *, sha256: str, max_bytes: int, size_bytes: int | None = None, hold: bool = True
+        self, file: str, *, sha256: str | None, max_bytes: int, size_bytes: int | None = None, hold: bool = True
     ) -> np.ndarray:
-        """A file with this content, uint8[size], read-only. `hold`: it will be asked for again soon.
+        """A file with this content (None: whatever is there), uint8[size], read-only. `hold`: it will be asked for
+        again soon.
 
         Remote files are checked against the sha256 when they are fetched, those on a disk by `verify` only. Raises
         OSError or UserError."""
@@ -60,7 +62,7 @@ class LocalFolder:
         return (self.path / file).read_bytes()
 
     def map(
-        self, file: str, *, sha256: str, max_bytes: int, size_bytes: int | None = None, hold: bool = True
+        self, file: str, *, sha256: str | None, max_bytes: int, size_bytes: int | None = None, hold: bool = True
     ) -> np.ndarray:
         path = self.path / file
         return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
@@ -83,15 +85,17 @@ class RemoteFolder:
         self,
         file: str,
         *,
-        sha256: str,
+        sha256: str | None,
         max_bytes: int,
         size_bytes: int | None = None,
         hold: bool = True,
         cancelled: threading.Event | None = None,
     ) -> np.ndarray:
         expected = Expected(max_bytes, size_bytes, sha256)
+        # A file without a known hash is kept by its place: what is there is taken not to change.
+        place = hashlib.sha256(f"{self._location.text}\n{file}".encode()).hexdigest()
         return self.cache.map(
-            sha256,
+            sha256 or place,
             lambda out: remote.fetch(self._location, file, out, expected, policy=self._policy, cancelled=cancelled),
             reserve_bytes=max_bytes,
             size_bytes=size_bytes,

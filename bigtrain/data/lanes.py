@@ -122,12 +122,13 @@ def draw_order(groups: np.ndarray, seeds: tuple[int, ...], group_seeds: tuple[in
     """A random order of things, those of one group (a number from 0 on for each thing) together; `group_seeds` draw the
     order of the groups. Raw draws, because numpy promises to keep those of a bit generator for ever, and not what
     `permutation` makes of them."""
-    draws = _draws(len(groups), seeds)
-    place_of_group = np.argsort(np.argsort(_draws(int(groups.max(initial=0)) + 1, group_seeds), kind="stable"))
-    return np.lexsort((draws, place_of_group[groups]))
+    drawn = draws(len(groups), seeds)
+    place_of_group = np.argsort(np.argsort(draws(int(groups.max(initial=0)) + 1, group_seeds), kind="stable"))
+    return np.lexsort((drawn, place_of_group[groups]))
 
 
-def _draws(count: int, seeds: tuple[int, ...]) -> np.ndarray:
+def draws(count: int, seeds: tuple[int, ...]) -> np.ndarray:
+    """uint64[count], a function of the seeds."""
     return np.random.Philox(np.random.SeedSequence(seeds)).random_raw(count)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from bigtrain.config.errors import UserError
+from bigtrain.data.faults import Skipped
 from bigtrain.data.held_out import HeldOut
 from bigtrain.data.ledger import digest
 from bigtrain.data.order import Cursor, Order, Window
@@ -55,6 +56,8 @@ class StepBatch:
     """Seconds that the caller waited for it."""
     digest: str = ""
     """Of its tokens (data/ledger.py)."""
+    skipped: tuple[Skipped, ...] = ()
+    """Bad documents that were passed over since the batch before."""
 
 
 def batches(
@@ -73,7 +76,7 @@ def batches(
     end the threads. Raises at once UserError for sizes that do not divide, and ValueError for a cursor that `order` has
     not gone on from.
     """
-    if start != order.cursor(start.num_sequences):
+    if (start.order, start.mixture) != (order.fingerprint, order.mixture):
         raise ValueError("the order has not gone on from this cursor")
     _check_sizes(data_size, global_batch_size, micro_batch_size)
     if order.num_lanes % data_size:
@@ -87,12 +90,17 @@ def batches(
         return range(first + data_rank, first + global_batch_size, data_size)
 
     def read(step: int) -> StepBatch:
-        cursor = order.cursor(start.num_sequences + (step + 1) * global_batch_size)
         windows = [order.sequence(number) for number in numbers(step)]
-        return StepBatch(_microbatches(windows, micro_batch_size), cursor, 0.0, digest(windows))
+        cursor = order.cursor(start.num_sequences + (step + 1) * global_batch_size)
+        microbatches = _microbatches(windows, micro_batch_size)
+        return StepBatch(microbatches, cursor, 0.0, digest(windows), order.faults.take())
 
+    order.faults.share = data_size
+    order.use_threads(num_workers)
     if num_workers == 0:
         return _inline(read)
+    if order.is_streamed:  # in order, by one thread; the others tokenise for it
+        return _ahead(read, 1)
     steps = _ahead(read, num_workers)
     if any(dataset.is_remote for dataset in order.datasets):
         return with_read_ahead(steps, order, numbers, global_batch_size * order.sequence_length)

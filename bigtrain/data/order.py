@@ -11,7 +11,7 @@ whole pipeline is one number, the sequences consumed, beside the mixture that it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -19,12 +19,15 @@ import numpy as np
 
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig, SourceConfig
-from bigtrain.data import shards
+from bigtrain.data import shards, text_lanes
+from bigtrain.data.faults import BadDocument, Faults
 from bigtrain.data.folders import Places
 from bigtrain.data.lanes import Census, Lanes, Piece
 from bigtrain.data.mixture import Mixture, Stage
 from bigtrain.data.packing import PackedSequences
 from bigtrain.data.shards import Dataset
+from bigtrain.data.text_lanes import Position, TextLanes
+from bigtrain.data.text_tars import TextTars, is_text
 from bigtrain.data.tokenizer import Tokenizer
 
 
@@ -51,6 +54,8 @@ class Cursor:
     """Which order it counts in: `Order.fingerprint`."""
     mixture: Mixture
     """Where those sequences came from, and what was planned for those behind them."""
+    positions: Mapping[str, Mapping[int, Position]] = field(default_factory=dict[str, Mapping[int, Position]])
+    """Of sources of raw text: where each lane goes on. Those of the lanes that this process read are current."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -58,13 +63,15 @@ class Cursor:
             "order": self.order,
             "num_lanes": self.mixture.num_lanes,
             "mixture": self.mixture.to_json(),
+            "positions": {name: text_lanes.to_json(lanes) for name, lanes in self.positions.items()},
         }
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Cursor:
         """Raises ValueError, KeyError or TypeError for what `to_dict` did not write."""
         mixture = Mixture.from_json(values["mixture"], int(values["num_lanes"]))
-        return Cursor(int(values["num_sequences"]), str(values["order"]), mixture)
+        positions = {str(name): text_lanes.from_json(lanes) for name, lanes in values["positions"].items()}
+        return Cursor(int(values["num_sequences"]), str(values["order"]), mixture, positions)
 
 
 class Sequences(Protocol):
@@ -81,7 +88,7 @@ class Sequences(Protocol):
 class Source:
     """A data set and its weight, which may change with the tokens trained on."""
 
-    dataset: Dataset
+    dataset: Dataset | TextTars
     weight: float = 1.0
     then: Sequence[tuple[int, float]] = ()
     """(tokens, weight): the weight from so many tokens of the run on."""
@@ -111,6 +118,7 @@ class Order:
         num_lanes: int,
         sequence_length: int,
         pack: str = "concat",
+        max_bad_fraction: float = 0.0,
     ) -> None:
         """Raises UserError for no sources, the same data twice, too few documents, or a time without any weight."""
         if not sources:
@@ -123,20 +131,25 @@ class Order:
             if name in self._names[:place]:
                 paths = f"{self.datasets[self._names.index(name)].name} and {self.datasets[place].name}"
                 raise UserError(f"data.train: {paths} hold the same data. Name it once, with the sum of the weights.")
-        self._sequences: list[Sequences] = [
-            Lanes(dataset, seed=seed, num_lanes=num_lanes, sequence_length=sequence_length, source=place)
-            if pack == "concat"
-            else PackedSequences(dataset, seed=seed, num_lanes=num_lanes, sequence_length=sequence_length, source=place)
-            for place, dataset in enumerate(self.datasets)
-        ]
+        self.faults = Faults(max_bad_fraction)
+        self._kept: dict[str, Mapping[int, Position]] = {}
+        """Positions in sources that are no longer named."""
+        self._seed = seed
+        self._sequences = [self._arranged(place, dataset) for place, dataset in enumerate(self.datasets)]
         self.mixture = self._planned()
         self.fingerprint = f"seed={seed} num_lanes={num_lanes} sequence_length={sequence_length} pack={pack}"
         """What the order depends on beside the mixture, readable."""
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens in all sources, once through."""
-        return sum(dataset.index.num_tokens for dataset in self.datasets)
+    def is_streamed(self) -> bool:
+        """Whether a source is raw text: then sequences are best asked for in their order."""
+        return any(isinstance(dataset, TextTars) for dataset in self.datasets)
+
+    def use_threads(self, number: int) -> None:
+        """Tokenise raw text that will be needed soon on so many threads."""
+        for dataset in self.datasets:
+            if isinstance(dataset, TextTars):
+                dataset.use_threads(number)
 
     def start(self) -> Cursor:
         """Nothing consumed yet."""
@@ -144,7 +157,12 @@ class Order:
 
     def cursor(self, num_sequences: int) -> Cursor:
         """So many global sequences consumed."""
-        return Cursor(num_sequences, self.fingerprint, self.mixture)
+        positions = {
+            name: sequences.positions
+            for name, sequences in zip(self._names, self._sequences, strict=True)
+            if isinstance(sequences, TextLanes)
+        }
+        return Cursor(num_sequences, self.fingerprint, self.mixture, {**self._kept, **positions})
 
     def go_on_from(self, cursor: Cursor, *, accept_change: bool = False) -> bool:
         """Take over what was consumed. Returns whether the mixture is another one from here on.
@@ -166,6 +184,10 @@ class Order:
                 f"{cursor.num_sequences:,} on, without repeating what was consumed: data.on_change=accept."
             )
         self.mixture = merged
+        self._kept = {name: lanes for name, lanes in cursor.positions.items() if name not in self._names}
+        for name, sequences in zip(self._names, self._sequences, strict=True):
+            if isinstance(sequences, TextLanes):
+                sequences.restore(cursor.positions.get(name, {}))
         return changed
 
     def epochs(self, num_sequences: int) -> dict[str, float]:
@@ -190,7 +212,32 @@ class Order:
 
     def sequence(self, number: int) -> Window:
         """Global sequence `number`. Random access; costs a binary search and a copy."""
-        return cut(self.datasets, self.pieces(number), self.sequence_length, apart=self.pack != "concat")
+        apart = self.pack != "concat"
+        return cut(self.datasets, self.pieces(number), self.sequence_length, apart=apart, faults=self.faults)
+
+    def _arranged(self, place: int, dataset: Dataset | TextTars) -> Sequences:
+        if isinstance(dataset, TextTars):
+            if self.pack != "concat":
+                raise UserError(
+                    f"data.pack={self.pack} needs the sizes of all documents, and data {dataset.name} is raw text. Set "
+                    "data.pack=concat, or tokenise it first: tools/shards.py build."
+                )
+            return TextLanes(
+                dataset,
+                seed=self._seed,
+                num_lanes=self.num_lanes,
+                sequence_length=self.sequence_length,
+                source=place,
+                faults=self.faults,
+            )
+        kind = Lanes if self.pack == "concat" else PackedSequences
+        return kind(
+            dataset,
+            seed=self._seed,
+            num_lanes=self.num_lanes,
+            sequence_length=self.sequence_length,
+            source=place,
+        )
 
     def _planned(self) -> Mixture:
         """As data.train says it. A weight changes at the first sequence that begins at or behind its tokens."""
@@ -213,17 +260,31 @@ class Order:
         )
 
 
-def cut(datasets: Sequence[Dataset], pieces: Sequence[Piece], sequence_length: int, *, apart: bool = False) -> Window:
+def cut(
+    datasets: Sequence[Dataset | TextTars],
+    pieces: Sequence[Piece],
+    sequence_length: int,
+    *,
+    apart: bool = False,
+    faults: Faults | None = None,
+) -> Window:
     """Copy the pieces into one window; what they do not fill is padded with token 0, as a document of its own.
 
-    `apart`: each piece begins anew, also where it is the rest of a document."""
+    `apart`: each piece begins anew, also where it is the rest of a document. Pieces of bad documents are 0, and each
+    place of them a beginning, so that none is a target. Raises UserError where `faults` allow no more (None: any)."""
     tokens = np.zeros(sequence_length + 1, np.int64)
     starts = np.zeros(sequence_length + 1, np.bool_)
     filled = 0
     for piece in pieces:
-        stop = piece.start + piece.count
-        tokens[filled : filled + piece.count] = datasets[piece.source].tokens(piece.document, piece.start, stop)
-        starts[filled] = apart or piece.start == 0
+        stop, dataset = piece.start + piece.count, datasets[piece.source]
+        try:
+            tokens[filled : filled + piece.count] = dataset.tokens(piece.document, piece.start, stop)
+            starts[filled] = apart or piece.start == 0
+        except BadDocument as bad:
+            if faults is None:
+                raise
+            faults.skip(piece.source, piece.document, bad, dataset.name, lambda dataset=dataset: dataset.size_bytes)
+            starts[filled : filled + piece.count] = True
         filled += piece.count
     if filled <= sequence_length:
         starts[filled] = True
@@ -231,12 +292,40 @@ def cut(datasets: Sequence[Dataset], pieces: Sequence[Piece], sequence_length: i
 
 
 def training_order(data: DataConfig, *, seed: int, sequence_length: int, tokenizer: Tokenizer | None = None) -> Order:
-    """The order of data.train. Raises UserError for data that are missing, of another tokenizer, or too few."""
-    paths, places = [source.path for source in data.train], Places.of(data)
-    datasets = shards.open_all(paths, what="data.train", tokenizer=tokenizer, places=places)
-    sources = [_source(dataset, config) for dataset, config in zip(datasets, data.train, strict=True)]
-    return Order(sources, seed=seed, num_lanes=data.num_lanes, sequence_length=sequence_length, pack=data.pack)
+    """The order of data.train. `tokenizer`: of the run; None will do where no source is raw text. Raises UserError for
+    data that are missing, of another tokenizer, or too few."""
+    places = Places.of(data)
+    shard_paths = [source.path for source in data.train if not is_text(source.path)]
+    opened = iter(
+        shards.open_all(
+            shard_paths,
+            what="data.train",
+            tokenizer=tokenizer,
+            places=places,
+            check_sizes=not data.max_bad_fraction,
+        )
+        if shard_paths or not data.train
+        else []
+    )
+    sources = [
+        Source(
+            _text(each, tokenizer, places) if is_text(each.path) else next(opened),
+            each.weight,
+            [(change.from_tokens, change.weight) for change in each.then],
+        )
+        for each in data.train
+    ]
+    return Order(
+        sources,
+        seed=seed,
+        num_lanes=data.num_lanes,
+        sequence_length=sequence_length,
+        pack=data.pack,
+        max_bad_fraction=data.max_bad_fraction,
+    )
 
 
-def _source(dataset: Dataset, config: SourceConfig) -> Source:
-    return Source(dataset, config.weight, [(change.from_tokens, change.weight) for change in config.then])
+def _text(source: SourceConfig, tokenizer: Tokenizer | None, places: Places) -> TextTars:
+    if tokenizer is None:
+        raise ValueError(f"{source.path} is raw text, and there is no tokenizer for it")
+    return TextTars.open(source.path, tokenizer, places=places, field=source.field)

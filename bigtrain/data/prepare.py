@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import bigtrain.config
@@ -104,7 +104,11 @@ def check(config: Config) -> list[str]:
     made = check_tokenizer(config)
     length = config.train.sequence_length
     ordered = order.training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=made)
-    lines = [_summary("train", ordered.datasets)]
+    lines = [_summary("train", [dataset for dataset in ordered.datasets if isinstance(dataset, Dataset)])]
+    for dataset in ordered.datasets:
+        if not isinstance(dataset, Dataset):
+            size = f", {dataset.size_bytes / 1e6:,.1f} MB" if dataset.size_bytes else ""
+            lines.append(f"train: {dataset.name}: {len(dataset.files):,} tars of raw text{size}, tokenised as it comes")
     if config.data.valid:
         lines.append(_summary("valid", held_out.held_out(config.data, sequence_length=length, tokenizer=made).datasets))
     return [*lines, f"note: {made.caveat}"] if made.caveat else lines
@@ -211,7 +215,7 @@ def _check_shards(out: Path, wanted: PrepareConfig, made: Tokenizer, say: Say) -
     say(f"shards {out} are there: {index.num_documents:,} documents, {index.num_tokens:,} tokens in train/")
 
 
-def _summary(name: str, datasets: list[Dataset]) -> str:
+def _summary(name: str, datasets: Sequence[Dataset]) -> str:
     documents = sum(len(dataset) for dataset in datasets)
     tokens = sum(dataset.index.num_tokens for dataset in datasets)
     size = sum(dataset.index.text_bytes for dataset in datasets)

@@ -13,6 +13,7 @@ from typing import TypeVar
 from bigtrain.config.errors import UserError
 from bigtrain.data.order import Order
 from bigtrain.data.remote import Cancelled
+from bigtrain.data.shards import Dataset
 
 T = TypeVar("T")
 _LOOKS = 32
@@ -23,8 +24,9 @@ def with_read_ahead(
     steps: Iterator[T], order: Order, numbers: Callable[[int], Iterable[int]], tokens_per_step: int
 ) -> Iterator[T]:
     """`steps`, with the remote shards of later ones fetched meanwhile. `numbers`: the global sequences that this rank
-    reads in a step; `tokens_per_step`: of all ranks."""
-    largest = max(shard.num_tokens for dataset in order.datasets for shard in dataset.index.shards)
+    reads in a step; `tokens_per_step`: of all ranks. The order is not streamed: its sequences are looked up twice."""
+    datasets = [dataset for dataset in order.datasets if isinstance(dataset, Dataset)]
+    largest = max(shard.num_tokens for dataset in datasets for shard in dataset.index.shards)
     scout = _Scout(order, numbers, ahead=max(1, largest // tokens_per_step))
     scout.start()
     try:
@@ -72,7 +74,7 @@ class _Scout(threading.Thread):
 
     def _fetch(self, source: int, shard: int) -> None:
         dataset = self._order.datasets[source]
-        if not dataset.is_remote or self._stopped.is_set():
+        if not isinstance(dataset, Dataset) or not dataset.is_remote or self._stopped.is_set():
             return
         try:
             dataset.tar(shard, self._stopped)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import threading
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from bigtrain.config import locations
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
+from bigtrain.data.faults import BadDocument
 from bigtrain.data.folders import Folder, LocalFolder, Places, RemoteFolder, allow_open_files, check_room
 from bigtrain.data.remote import MissingError
 from bigtrain.data.shard_format import DOCUMENT_DTYPE, INDEX, Index, Shard, metadata_at, npy_header
@@ -35,6 +37,7 @@ class Dataset:
         self._starts = np.cumsum([0, *(shard.num_documents for shard in index.shards)])
         self._tars: list[np.ndarray | None] = [None] * len(index.shards)
         """Maps of shards on a disk; those of remote ones are the cache's matter."""
+        self._is_checked = [np.zeros(shard.num_documents, np.bool_) for shard in index.shards]
         with ThreadPoolExecutor(_FETCHES_AT_A_TIME) as pool:  # no thread is started for nothing
             load = pool.map if folder.is_remote else map
             self._documents = list(load(self._load_documents, index.shards))
@@ -83,6 +86,11 @@ class Dataset:
         return self.index.num_documents
 
     @property
+    def size_bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.size_bytes for shard in self.index.shards)
+
+    @property
     def fingerprint(self) -> str:
         """Of the tokens and their order in the folder (hex). Not of where the folder lies or what it was made from."""
         parts = [self.index.tokenizer, *(shard.sha256 for shard in self.index.shards)]
@@ -109,14 +117,21 @@ class Dataset:
         return int(np.searchsorted(self._starts, document, side="right")) - 1
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [start, stop) of a document, as a read-only view of the file (uint16 or uint32). Raises UserError
-        where its shard is to be fetched and cannot be."""
+        """Tokens [start, stop) of a document, as a read-only view of the file (uint16 or uint32). Raises BadDocument
+        where they are not those of the index, and UserError where its shard is to be fetched and cannot be."""
         shard = self.shard_of(document)
-        row = self._documents[shard][document - self._starts[shard]]
+        place = document - int(self._starts[shard])
+        row = self._documents[shard][place]
         at, count = int(row["tokens_at"]), int(row["num_tokens"])
         width = np.dtype(self.index.dtype).itemsize
         stop = count if stop is None else min(stop, count)
+        if not self._is_checked[shard][place]:
+            self._check(shard, place, document)
         return self.tar(shard)[at + start * width : at + max(start, stop) * width].view(self.index.dtype)
+
+    def file_of(self, document: int) -> str:
+        """The shard that a document is in."""
+        return self.index.shards[self.shard_of(document)].file
 
     def describe(self, document: int) -> tuple[str, dict[str, Any]]:
         """(key, metadata) of a document: its name in the tar, and {"source": ..., "text_bytes": ...}."""
@@ -141,6 +156,23 @@ class Dataset:
         tar = folder.map(about.file, sha256=about.sha256, max_bytes=size, size_bytes=size)
         self._tars[shard] = tar  # two threads may both map it: harmless
         return tar
+
+    def _check(self, shard: int, place: int, document: int) -> None:
+        """Once for each document, at its first use: are its tokens there, and those of the index?"""
+        row, about = self._documents[shard][place], self.index.shards[shard]
+        start, size = int(row["tokens_at"]), int(row["num_tokens"]) * np.dtype(self.index.dtype).itemsize
+        reason = ""
+        try:
+            tokens = self.tar(shard)[start : start + size]
+            if len(tokens) < size:
+                reason = "the shard is cut short before its end"
+            elif zlib.crc32(tokens.data) != int(row["crc32"]):
+                reason = "its tokens are damaged: their checksum is not that of the index"
+        except OSError as error:
+            reason = f"the shard cannot be read: {error.strerror or error}"
+        if reason:
+            raise BadDocument(self.name, about.file, f"{document} (byte {int(row['sample']):,})", reason, size)
+        self._is_checked[shard][place] = True
 
     def _tokenizer_files(self) -> dict[str, bytes]:
         def read(file: str, sha256: str) -> bytes:
@@ -203,12 +235,17 @@ def is_there(place: str) -> bool:
 
 
 def open_all(
-    paths: Iterable[str], *, what: str, tokenizer: Tokenizer | None = None, places: Places | None = None
+    paths: Iterable[str],
+    *,
+    what: str,
+    tokenizer: Tokenizer | None = None,
+    places: Places | None = None,
+    check_sizes: bool = True,
 ) -> list[Dataset]:
     """Open shard folders that train one model. Raises UserError where one cannot be opened, holds nothing, or was
     made by another tokenizer than `tokenizer` (or than the first folder). `what` names the setting, as data.train."""
     places = places or Places()
-    datasets = [Dataset.open(path, places=places) for path in paths]
+    datasets = [Dataset.open(path, places=places, check_sizes=check_sizes) for path in paths]
     if not datasets:
         raise UserError(f"{what} is empty: give it shard folders, [{{path: FOLDER, weight: 1}}], or choose data=stdlib")
     expected, whose = (

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from bigtrain.data import readers, sides
+from bigtrain.data import encoding, readers, sides
 from bigtrain.data.progress import bar
 from bigtrain.data.readers import Drop, Drops, Position, Record
 from bigtrain.data.spool import ROW_DTYPE, Spool
@@ -19,10 +18,6 @@ from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.workers import Workers
 
 BATCH_BYTES, BATCH_RECORDS = 1 << 20, 1000
-PART_CHARACTERS, MAX_PART_CHARACTERS = 1 << 14, 1 << 18
-"""A long document is tokenised in parts: as a whole, sentencepiece takes over 100 bytes of memory a character, and
-2.6 times as long for 6 MB."""
-_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=\S)")
 
 
 @dataclass(frozen=True)
@@ -125,33 +120,10 @@ def _encode(tokenizer: Tokenizer, text: str, dtype: str) -> tuple[list[bytes], i
     """The tokens of a document, as bytes in parts; the size of its text in UTF-8; the hash of its text."""
     digest, text_bytes = sides.new_digest(), 0
     blocks = [np.array([tokenizer.bos_id], dtype).tobytes()]
-    for number, part in enumerate(_parts(text, tokenizer)):
+    for part, ids in encoding.encode_parts(tokenizer, text, dtype):
         encoded = part.encode()
         digest.update(encoded)
         text_bytes += len(encoded)
-        ids = tokenizer.encode_part(part) if number else tokenizer.encode_batch([part])[0]
-        blocks.append(ids.astype(dtype).tobytes())
+        blocks.append(ids.tobytes())
     blocks.append(np.array([tokenizer.eos_id], dtype).tobytes())
     return blocks, text_bytes, sides.number_of(digest)
-
-
-def _parts(text: str, tokenizer: Tokenizer) -> Iterator[str]:
-    """The text in parts of some PART_CHARACTERS, cut before a space between a letter or digit and a word: no token of a
-    usual vocabulary reaches over that place, so the tokens are those of the text as a whole. Where there is none for
-    MAX_PART_CHARACTERS it is cut behind a line or anywhere; the text is the same in any case. A tokenizer that adds a
-    space to what it encodes can take parts of the first kind only."""
-    start = 0
-    while len(text) - start > PART_CHARACTERS:
-        stop = len(text) if tokenizer.adds_a_space else start + MAX_PART_CHARACTERS
-        place = _BETWEEN_WORDS.search(text, start + PART_CHARACTERS, stop)
-        if not place and tokenizer.adds_a_space:
-            break
-        end = place.start() if place else _end_of_line(text, start + PART_CHARACTERS, stop)
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:] if start else text
-
-
-def _end_of_line(text: str, first: int, stop: int) -> int:
-    return text.rfind("\n", first, stop) + 1 or stop

@@ -10,7 +10,7 @@ from bigtrain.data.baseline import unigram_cross_entropy
 from bigtrain.data.held_out import HeldOut, held_out
 from bigtrain.data.loader import StepBatch, batches, evaluation_batches
 from bigtrain.data.order import Cursor, Order, training_order
-from bigtrain.data.shards import tokenizer_of
+from bigtrain.data.shards import Dataset, tokenizer_of
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.topology import Topology
 from bigtrain.trainer.evaluator import Evaluator
@@ -68,7 +68,9 @@ class RunData:
         )
 
     def unigram_nats(self) -> float | None:
-        """What a model scores on the evaluation's tokens that knows only how often each occurs in the training data."""
-        if self.held_out is None:
+        """What a model scores on the evaluation's tokens that knows only how often each occurs in the training data.
+        None where that is not known: there is no evaluation, or all training data are raw text."""
+        counted = [dataset for dataset in self.order.datasets if isinstance(dataset, Dataset)]
+        if self.held_out is None or not counted:
             return None
-        return unigram_cross_entropy(self.order.datasets, self.held_out.predicted_tokens())
+        return unigram_cross_entropy(counted, self.held_out.predicted_tokens())

@@ -12,7 +12,7 @@ import pytest
 
 from bigtrain.config.errors import UserError
 from bigtrain.data import build as building
-from bigtrain.data import sides, tokenising, writing
+from bigtrain.data import encoding, sides, tokenising, writing
 from bigtrain.data.build import BuildOptions, build
 from bigtrain.data.shard_format import Index
 from bigtrain.data.shards import Dataset
@@ -243,9 +243,9 @@ def test_a_build_that_breaks_off_leaves_no_data_set_and_goes_on(
 
 def test_long_documents_are_tokenised_in_parts(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The tokens are those of the whole: the parts are cut where no piece reaches over."""
-    size = tokenising.MAX_PART_CHARACTERS
+    size = encoding.MAX_PART_CHARACTERS
     words = "\n".join(make_texts(1_000))
-    assert len(list(tokenising._parts(words, tokenizer))) > 5
+    assert len(list(encoding.parts(words, tokenizer))) > 5
     dense = "\u4e2d\U0001f600\u2581" * (size // 2)
     out = small_build(tmp_path / "long", [words, dense, "short", words + " " * size + "x"], tokenizer, held_out=0.0)
     dataset = Dataset.open(out / "train")

@@ -50,7 +50,8 @@ def test_a_sound_run_is_proven(order: Order, entries: list[Entry]) -> None:
     assert found.problems == []
     assert found.steps == 299 and found.sequences == 299 * G
     train = order.datasets[0]
-    epochs = found.epochs[str(train.path)]
+    assert isinstance(train, Dataset)
+    epochs = found.epochs[train.name]
     assert len(epochs) > 2 and epochs[0] == (len(train), 0)
     assert sum(epochs[-1]) < len(train)
 

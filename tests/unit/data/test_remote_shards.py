@@ -129,6 +129,7 @@ def test_the_same_batches(built: Path, server: FaultyServer, places: Places, num
 def test_shards_of_later_steps_are_fetched_ahead(server: FaultyServer, places: Places) -> None:
     order = order_of(Dataset.open(f"{server.url}/train", places=places))
     dataset = order.datasets[0]
+    assert isinstance(dataset, Dataset)
 
     def shards_of(num_steps: int) -> set[str]:
         pieces = [piece for step in range(num_steps) for piece in order.pieces(2 * step + 1)]

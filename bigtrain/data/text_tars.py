@@ -1,0 +1,266 @@
+"""Tars of raw text as a source to train on: WebDataset tars as they are, tokenised while they are streamed.
+
+Nothing is prepared. A tar is opened (remote ones through the cache) and its headers are read when the first document of
+it is due; each document is tokenised when it is due, by the code that builds shards. So how many tokens a document has
+is known only then, and the order (text_lanes.py) is kept by position, not by arithmetic.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain.config import locations
+from bigtrain.config.errors import UserError
+from bigtrain.data import encoding
+from bigtrain.data.faults import BadDocument
+from bigtrain.data.folders import Folder, LocalFolder, Places, allow_open_files
+from bigtrain.data.formats import FORMATS, Drop
+from bigtrain.data.shard_format import INDEX
+from bigtrain.data.tar_scan import JSON, Sample, scan
+from bigtrain.data.tokenizer import Tokenizer
+
+ENDING = ".tar"
+_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_MOST_TARS = 1 << 22
+_LARGEST_REMOTE_TAR_BYTES = 8 << 30
+_KEPT_TARS = 64
+_KEPT_TOKENS_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Tar:
+    """One tar, open."""
+
+    raw: np.ndarray
+    """uint8[size]"""
+    samples: list[Sample]
+
+
+def is_text(path: str) -> bool:
+    """Whether a source of data.train is tars of text, and no folder of tokenised shards."""
+    if locations.split_file(path)[1].endswith((ENDING, *_PACKED)):
+        return True
+    if locations.is_remote(path) or (Path(path) / INDEX).exists():
+        return False
+    return next(_tars_in(Path(path)), None) is not None
+
+
+class TextTars:
+    """Documents by number: shard << 32 | sample in it. Safe to use from many threads."""
+
+    def __init__(self, folder: Folder, files: Sequence[str], tokenizer: Tokenizer, *, name: str, field: str) -> None:
+        """`files` of `folder`; `field`: key of the text in .json members."""
+        self.name, self.files, self.is_remote = name, list(files), folder.is_remote
+        self.tokenizer, self._folder, self._field = tokenizer, folder, field
+        self._sizes = _sizes_of(folder, self.files)
+        self._tars: OrderedDict[int, Future[Tar]] = OrderedDict()
+        self._tokens: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
+        self._held_bytes = 0
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        parts = [
+            "text",
+            tokenizer.fingerprint,
+            field,
+            *map(str, itertools.chain(*zip(files, self._sizes, strict=True))),
+        ]
+        self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        """Of the names of the tars, their sizes where they lie on a disk, and the tokenizer (hex)."""
+
+    @staticmethod
+    def open(path: str, tokenizer: Tokenizer, *, places: Places | None = None, field: str = "text") -> TextTars:
+        """The tars at `path`: a folder of them, or a name of one or many with {000..127} or, on a disk, * in it. Raises
+        UserError where there is none, or one is packed."""
+        folder, files = _expand(path, places or Places())
+        if packed := next((file for file in files if file.endswith(_PACKED)), None):
+            raise UserError(f"data {locations.shown(path)}: {packed} is packed. Unpack it: text is read by position.")
+        if not folder.is_remote:
+            allow_open_files(min(len(files), _KEPT_TARS))
+        return TextTars(folder, files, tokenizer, name=locations.shown(path), field=field)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all tars; of remote ones, of those that were opened."""
+        return sum(self._sizes)
+
+    def use_threads(self, number: int) -> None:
+        """Tokenise documents that will be needed soon on so many threads."""
+        self._pool = ThreadPoolExecutor(number, thread_name_prefix="tokenise") if number else None
+
+    def num_documents(self, shard: int) -> int:
+        """Of one tar, bad ones counted. Raises UserError where it cannot be fetched or read."""
+        return len(self._tar(shard).samples)
+
+    def shard_of(self, document: int) -> int:
+        """Which tar a document is in."""
+        return document >> 32
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of a document. Raises BadDocument where it has none that can be used."""
+        with self._lock:
+            found = self._tokens.get(document)
+            if found is not None:
+                self._tokens.move_to_end(document)
+        if found is None:
+            found = self._begin(document, None)
+        return found.result()[start:stop]
+
+    def prefetch(self, documents: Iterable[int]) -> None:
+        """Tokenise documents that will be asked for next, where there are threads for it."""
+        if self._pool is not None:
+            for document in documents:
+                if document not in self._tokens:
+                    self._begin(document, self._pool)
+
+    def prefetch_tar(self, shard: int) -> None:
+        """Open a tar that will be asked for next."""
+        if self._pool is not None and shard not in self._tars:
+            self._pool.submit(self._tar, shard)
+
+    def text_bytes(self, document: int) -> int:
+        """Size of the document in the tar, about that of its text."""
+        return self._sample(document)[1].size
+
+    def file_of(self, document: int) -> str:
+        """The tar that a document is in."""
+        return self.files[self.shard_of(document)]
+
+    def describe(self, document: int) -> tuple[str, dict[str, Any]]:
+        """(key, metadata) of a document: its name in the tar, and {"source": ..., "text_bytes": ...}."""
+        _, sample = self._sample(document)
+        return sample.key, {"source": self.file_of(document), "text_bytes": sample.size}
+
+    def _begin(self, document: int, pool: ThreadPoolExecutor | None) -> Future[np.ndarray]:
+        """Tokenise it: on the pool, or at once. Only one does it for all who ask."""
+        mine: Future[np.ndarray] = Future()
+        with self._lock:
+            found = self._tokens.setdefault(document, mine)
+        if found is mine:
+            if pool is None:
+                self._tokenize_into(document, mine)
+            else:
+                pool.submit(self._tokenize_into, document, mine)
+        return found
+
+    def _tokenize_into(self, document: int, result: Future[np.ndarray]) -> None:
+        try:
+            tokens = self._tokenize(document)
+        except BaseException as error:
+            result.set_exception(error)
+            if not isinstance(error, BadDocument):
+                with self._lock:
+                    self._tokens.pop(document, None)
+            return
+        result.set_result(tokens)
+        with self._lock:
+            self._held_bytes += tokens.nbytes
+            while self._held_bytes > _KEPT_TOKENS_BYTES and len(self._tokens) > 1:
+                oldest, future = next(iter(self._tokens.items()))
+                if oldest == document or not future.done():
+                    break
+                del self._tokens[oldest]
+                self._held_bytes -= 0 if future.exception() else future.result().nbytes
+
+    def _tokenize(self, document: int) -> np.ndarray:
+        tar, sample = self._sample(document)
+        try:
+            if sample.reason:
+                raise Drop(sample.reason)
+            raw = tar.raw[sample.start : sample.start + sample.size].tobytes()
+            text = FORMATS[".jsonl" if sample.kind == JSON else "text"].text(raw, self._field)
+            if not text or text.isspace():
+                raise Drop("empty")
+        except Drop as reason:
+            raise BadDocument(self.name, self.file_of(document), sample.key, str(reason), sample.size) from None
+        return encoding.encode(self.tokenizer, text)
+
+    def _sample(self, document: int) -> tuple[Tar, Sample]:
+        tar = self._tar(document >> 32)
+        return tar, tar.samples[document & 0xFFFFFFFF]
+
+    def _tar(self, shard: int) -> Tar:
+        """Open it, once for all who ask; the newest stay open."""
+        mine: Future[Tar] = Future()
+        with self._lock:
+            found = self._tars.setdefault(shard, mine)
+            self._tars.move_to_end(shard)
+            if len(self._tars) > _KEPT_TARS:
+                self._tars.popitem(last=False)
+        if found is mine:
+            try:
+                mine.set_result(self._open(shard))
+            except BaseException as error:
+                with self._lock:
+                    self._tars.pop(shard, None)
+                mine.set_exception(error)
+        return found.result()
+
+    def _open(self, shard: int) -> Tar:
+        file = self.files[shard]
+        try:
+            raw = self._folder.map(file, sha256=None, max_bytes=_LARGEST_REMOTE_TAR_BYTES)
+        except OSError as error:
+            raise UserError(f"data {self.name}: {file}: {error.strerror or error}.") from error
+        self._sizes[shard] = len(raw)
+        return Tar(raw, scan(raw))
+
+
+def _expand(path: str, places: Places) -> tuple[Folder, list[str]]:
+    shown = locations.shown(path)
+    if locations.is_remote(path):
+        folder, pattern = locations.split_file(path)
+        try:
+            return places.open(folder), [locations.check_file(file) for file in _braces(pattern, shown)]
+        except ValueError as error:
+            raise UserError(f"data {shown}: {error}. Name many files with {{000..127}}.") from None
+    local = Path(locations.parse(path).text)
+    found = sorted(_tars_in(local)) if local.is_dir() else sorted({*_globs(str(local), shown)})
+    if not found:
+        raise UserError(f"data {shown}: no such tar, or none in the folder.")
+    parent = Path(os.path.commonpath([file.parent for file in found]))
+    return LocalFolder(parent), [str(file.relative_to(parent)) for file in found]
+
+
+def _tars_in(folder: Path) -> Iterator[Path]:
+    return folder.glob(f"*{ENDING}")
+
+
+def _globs(pattern: str, shown: str) -> Iterator[Path]:
+    for each in _braces(pattern, shown):
+        found = glob.glob(each, recursive=True)
+        if not found:
+            raise UserError(f"data {shown}: {each}: no such file.")
+        yield from map(Path, found)
+
+
+def _braces(pattern: str, shown: str) -> list[str]:
+    import braceexpand
+
+    try:
+        found = list(itertools.islice(braceexpand.braceexpand(pattern), _MOST_TARS + 1))
+    except ValueError as error:
+        raise UserError(f"data {shown}: {error}") from error
+    if len(found) > _MOST_TARS:
+        raise UserError(f"data {shown}: it names more than {_MOST_TARS:,} tars")
+    return found
+
+
+def _sizes_of(folder: Folder, files: Sequence[str]) -> list[int]:
+    if not isinstance(folder, LocalFolder):
+        return [0] * len(files)
+    try:
+        return [(folder.path / file).stat().st_size for file in files]
+    except OSError as error:
+        raise UserError(f"data {error.filename}: {error.strerror}.") from error
