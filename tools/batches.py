@@ -86,6 +86,8 @@ def audit_command(options: argparse.Namespace) -> int:
     for problem in found.problems:
         print(f"wrong: {problem}", file=sys.stderr)
     print("\n".join(summary(found)))
+    for reason, count in ledger.skipped(folder).most_common():
+        print(f"passed over: {count:,} bad documents: {reason} ({folder / ledger.FOLDER}/skipped-*.jsonl names them)")
     return 1 if found.problems else 0
 
 

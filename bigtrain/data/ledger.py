@@ -64,6 +64,20 @@ def path_of(run_dir: Path, data_rank: int) -> Path:
     return run_dir / FOLDER / f"rank-{data_rank:05d}.jsonl"
 
 
+def skipped_path_of(run_dir: Path, data_rank: int) -> Path:
+    """Where a data rank writes down the bad documents that it passed over: step, data, shard, sample, reason."""
+    return run_dir / FOLDER / f"skipped-{data_rank:05d}.jsonl"
+
+
+def skipped(run_dir: Path) -> Counter[str]:
+    """Bad documents that the run passed over, by reason. A document is counted once for each start of the run that met
+    it."""
+    lines = [
+        line for path in sorted((run_dir / FOLDER).glob("skipped-*.jsonl")) for line in path.read_bytes().split(b"\n")
+    ]
+    return Counter(str(json.loads(line)["reason"]) for line in lines if line.endswith(b"}"))
+
+
 def digest(windows: Iterable[Window]) -> str:
     """Of the tokens of these windows, padding included: 64 bits, hexadecimal (xxh3)."""
     state = xxhash.xxh3_64()

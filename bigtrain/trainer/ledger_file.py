@@ -1,4 +1,4 @@
-"""Writes the ledger of this data rank (data/ledger.py) as the run goes."""
+"""Writes the ledger of this data rank (data/ledger.py) as the run goes, and the bad documents that it passed over."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class LedgerFile:
         path = ledger.path_of(run_dir, topology.data_rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = MetricsFile(path, resume_step=resume_step)
-        for other in sorted(path.parent.glob("rank-*.jsonl")) if topology.data_rank == 0 else ():
-            if int(other.stem.removeprefix("rank-")) >= topology.data:
+        self._skipped = MetricsFile(ledger.skipped_path_of(run_dir, topology.data_rank), resume_step=resume_step)
+        for other in sorted(path.parent.glob("*-*.jsonl")) if topology.data_rank == 0 else ():
+            if int(other.stem.rpartition("-")[2]) >= topology.data:
                 MetricsFile(other, resume_step=resume_step).close()
 
     def record(self, step: int, batch: StepBatch) -> None:
@@ -36,8 +37,11 @@ class LedgerFile:
             first = batch.cursor.num_sequences - self._size
             entry = Entry(step, first, self._size, topology.data_rank, topology.data, batch.digest)
             self._file.append(entry.to_dict())
+            for skipped in batch.skipped:
+                self._skipped.append({"step": step, **skipped.to_dict()})
 
     def close(self) -> None:
         """A second call does nothing."""
         if self._file is not None:
             self._file.close()
+            self._skipped.close()

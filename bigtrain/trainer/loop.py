@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -82,6 +83,9 @@ def fit(
             tokens_per_second=tokens_per_second,
             mfu=throughput.mfu(tokens_per_second),
         )
+        if batch.skipped:
+            reasons = dict(Counter(skipped.reason for skipped in batch.skipped))
+            recorder.event("bad_documents", step=position.step, data_rank=0, skipped=reasons)
         if not math.isfinite(grad_norm):
             recorder.event("skipped", step=position.step, reason="the gradient norm is not finite")
         told, ending = stop.agreed(), position.step >= last

@@ -19,6 +19,7 @@ from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.peak import device_peak
 from bigtrain.telemetry.recorder import Recorder
 from bigtrain.telemetry.report import write_report
+from bigtrain.trainer import peers
 from bigtrain.trainer.ledger_file import LedgerFile
 from bigtrain.trainer.loop import Position, Throughput, fit, last_step
 from bigtrain.trainer.run_data import RunData
@@ -74,7 +75,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             config,
             position,
             engine=engine,
-            batches=data.batches(position.cursor),
+            batches=peers.agreed(data.batches(position.cursor), runtime),
             evaluator=data.evaluator(),
             saver=saver,
             recorder=recorder,

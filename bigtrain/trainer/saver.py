@@ -18,6 +18,7 @@ from bigtrain.config.schema import Config
 from bigtrain.data.order import Cursor
 from bigtrain.engine import state as engine_state
 from bigtrain.engine.engine import Engine
+from bigtrain.trainer import peers
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 
@@ -43,7 +44,7 @@ class Saver:
             "step": step,
             "adam_step": engine_state.adam_step(engine),
             "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
-            "cursor": cursor.to_dict(),
+            "cursor": peers.whole(cursor, engine.runtime).to_dict(),
             "config": {name: value for name, value in config.items() if name not in ("cluster", "tracker")},
             "versions": {"bigtrain": bigtrain.__version__, **{name: version(name) for name in PACKAGES}},
         }
