@@ -101,6 +101,7 @@ _NOT_NEGATIVE = [
     "schedule.min_ratio",
     "schedule.decay_fraction",
     "data.num_workers",
+    "data.max_bad_fraction",
     "tokenizer.vocab_size",
     "data.remote.retries",
     "checkpoint.interval",
@@ -115,6 +116,7 @@ _RANGES: tuple[tuple[str, str, float], ...] = (
     *((key, ">=", 0) for key in _NOT_NEGATIVE),
     ("train.sequence_length", ">=", 2),
     ("train.stop_after", ">=", 1),
+    ("data.max_bad_fraction", "<", 1),
     ("parallel.zero_stage", "<=", 3),
     ("model.rope_theta", ">", 0),
     ("model.norm_eps", ">", 0),
@@ -259,6 +261,13 @@ def _data(config: Config, world: int) -> Iterator[Problem]:
     for split, sources in (("train", data.train), ("valid", data.valid)):
         for index, source in enumerate(sources):
             yield from _place(f"data.{split}.{index}.path", source.path)
+            is_text = source.path.endswith(".tar")
+            if is_text and split == "valid":
+                message = "is raw text, and an evaluation needs tokenised shards"
+                yield Problem(f"data.valid.{index}.path", source.path, message, "Build them: tools/shards.py build")
+            if is_text and data.pack == "best_fit":
+                message = f"needs the sizes of all documents, and {source.path} is raw text"
+                yield Problem("data.pack", data.pack, message, "Set data.pack=concat, or build shards of the text")
             if not (math.isfinite(source.weight) and source.weight > 0):
                 key = f"data.{split}.{index}.weight"
                 yield Problem(

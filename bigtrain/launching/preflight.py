@@ -158,6 +158,8 @@ def _prepared_data(config: Config) -> Iterator[Problem]:
     lanes, rows = config.data.num_lanes, config.model.vocab_size
     num_pieces = 0
     for key, path in _shards(config):
+        if _names_tars(path):
+            continue  # its names are looked up where it is opened
         yield from _missing(key, path)
         index = _index(path)
         num_pieces = max(num_pieces, index.get("vocab_size", 0))
@@ -176,6 +178,13 @@ def _shards(config: Config) -> Iterator[tuple[str, str]]:
         for number, source in enumerate(sources):
             if not locations.is_remote(source.path):
                 yield f"data.{split}.{number}.path", source.path
+
+
+def _names_tars(path: str) -> bool:
+    """Whether this is raw text: a name of tars, or a folder of them without an index."""
+    folder = Path(path)
+    in_folder = folder.is_dir() and not (folder / "index.json").exists() and any(folder.glob("*.tar"))
+    return path.endswith(".tar") or in_folder
 
 
 def _missing_tokenizer(config: Config) -> Iterator[Problem]:

@@ -97,6 +97,9 @@ def test_a_sound_config_has_no_problem() -> None:
             "model.vocab_size=4096 or more",
         ),
         ({"data__train": [SourceConfig("gs://b/x")]}, "data.train.0.path", "gs:// is not known"),
+        ({"data__valid": [SourceConfig("web/{0..9}.tar")]}, "data.valid.0.path", "needs tokenised shards"),
+        ({"data__max_bad_fraction": 1.0}, "data.max_bad_fraction", "less than 1"),
+        ({"data__max_bad_fraction": -0.1}, "data.max_bad_fraction", "at least 0"),
         ({"data__cache": CacheConfig(max_gb=0)}, "data.cache.max_gb", "more than 0"),
         ({"data__remote": RemoteConfig(timeout_s=float("inf"))}, "data.remote.timeout_s", "finite"),
         ({"data__remote": RemoteConfig(retries=-1)}, "data.remote.retries", "at least 0"),
@@ -157,3 +160,9 @@ def test_unresolved_ranks_of_a_cluster_are_named() -> None:
 )
 def test_time_limit(text: str, minutes: int | None) -> None:
     assert time_limit_minutes(text) == minutes
+
+
+def test_raw_text_cannot_be_packed_by_size() -> None:
+    text = DataConfig(train=[SourceConfig("web/*.tar")], pack="best_fit")
+    config = dataclasses.replace(config_with(), data=text)
+    assert any(problem.key == "data.pack" and "raw text" in str(problem) for problem in check(config, WORLD))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import shutil
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +34,7 @@ from bigtrain.data.loader import batches
 from bigtrain.data.order import Order, Source
 from bigtrain.data.remote import MissingError, Policy
 from bigtrain.data.shards import Dataset
+from bigtrain.data.text_tars import TextTars
 from bigtrain.data.tokenizer import Tokenizer
 from tests.faulty_server import Fault, FaultyServer
 
@@ -289,3 +292,27 @@ def test_inspect_takes_a_url(
     assert "HTTP 404: no such file" in capsys.readouterr().err
     assert tool.main(["verify", server.url]) == 2
     assert "verify reads a folder on a disk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["http", "pipe"])
+def test_raw_text(server: FaultyServer, places: Places, tokenizer: Tokenizer, kind: str) -> None:
+    """Fetched when it is due, once, also over a connection that breaks; a tar that is not there is told of."""
+    folder = server.folder / "text"
+    folder.mkdir(exist_ok=True)
+    texts = [f"document {number} " * 20 for number in range(30)]
+    for tar in range(3):
+        with tarfile.open(folder / f"{tar}.tar", "w") as out:
+            for number, text in enumerate(texts[tar::3]):
+                info = tarfile.TarInfo(f"{number}.txt")
+                info.size = len(text)
+                out.addfile(info, io.BytesIO(text.encode()))
+    place = f"{server.url}/text" if kind == "http" else f"pipe:cat {folder}/{{file}}"
+    tars = TextTars.open(f"{place}/{{0..2}}.tar", tokenizer, places=places)
+    documents = [tar << 32 | number for tar in range(3) for number in range(tars.num_documents(tar))]
+    found = {tokenizer.decode(tars.tokens(document).tolist()) for document in documents}
+    assert found == set(texts)
+    if kind == "http":
+        assert sorted(fetched(server)) == ["/text/0.tar", "/text/1.tar", "/text/2.tar"]
+    missing = TextTars.open(f"{place}/{{7..9}}.tar", tokenizer, places=places)
+    with pytest.raises(UserError, match=r"7\.tar"):
+        missing.tokens(0)
