@@ -64,6 +64,7 @@ class TextLanes:
         self._rotations = draws(len(data.files), (seed, _ROTATION)) % np.uint64(num_lanes)
         self._positions: dict[int, Position] = {}
         self._epochs: dict[int, np.ndarray] = {}
+        self._mine: dict[int, tuple[int, int, np.ndarray]] = {}
         self._locks = [threading.Lock() for _ in range(num_lanes)]
         self._last: dict[int, tuple[int, list[Piece]]] = {}
 
@@ -149,11 +150,16 @@ class TextLanes:
             return 0
 
     def _documents(self, lane: int, epoch: int, place: int) -> np.ndarray:
-        """int64: the lane's documents of a tar, in the epoch's order."""
+        """int64: the lane's documents of a tar, in the epoch's order. Those of the last tar are kept."""
+        kept = self._mine.get(lane)
+        if kept is not None and kept[:2] == (epoch, place):
+            return kept[2]
         tar = int(self._tars(epoch)[place])
         first = (lane + int(self._rotations[tar])) % self._num_lanes
         mine = np.arange(first, self._data.num_documents(tar), self._num_lanes)
-        return mine[np.argsort(draws(len(mine), (self._seed, epoch, tar, lane)), kind="stable")] + (tar << 32)
+        order = np.argsort(draws(len(mine), (self._seed, epoch, tar, lane)), kind="stable")
+        self._mine[lane] = (epoch, place, mine[order] + (tar << 32))
+        return self._mine[lane][2]
 
     def _tars(self, epoch: int) -> np.ndarray:
         """The tars in the epoch's order. The newest two epochs are kept."""
