@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +16,10 @@ from rich.table import Table
 from bigtrain.config import locations
 from bigtrain.config.errors import UserError
 from bigtrain.data.build import SHARD_TOKENS, BuildOptions, build
+from bigtrain.data.faults import BadDocument
+from bigtrain.data.progress import bar
 from bigtrain.data.shards import Dataset
+from bigtrain.data.text_tars import TextTars, is_text
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.verify import splits_of, verify
 from bigtrain.data.workers import default_workers
@@ -26,6 +31,7 @@ EXAMPLES = """examples:
   python tools/shards.py inspect data/corpus
   python tools/shards.py inspect s3://bucket/corpus/train
   python tools/shards.py verify data/corpus
+  python tools/shards.py verify 'web/shard-{000..127}.tar'                  # raw text that others packed
   python -m bigtrain.launch data=shards data.prepare.out=data/corpus        # train on them
 
 The end of a file's name tells what is in it. .jsonl: a document a line. .parquet: a document a row. Any other file is
@@ -75,6 +81,8 @@ def build_command(options: argparse.Namespace) -> int:
 
 def inspect_command(options: argparse.Namespace) -> int:
     console = Console()
+    if is_text(options.folder):
+        return _inspect_text(TextTars.open(options.folder, None, field=options.field), console, options.characters)
     for folder in splits_of(options.folder):
         dataset = Dataset.open(folder)
         index = dataset.index
@@ -97,6 +105,41 @@ def inspect_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect_text(tars: TextTars, console: Console, characters: int) -> int:
+    """The tars of raw text, and the first document that can be used."""
+    counts = [tars.num_documents(tar) for tar in range(len(tars.files))]
+    console.print(f"{tars.name}: {len(tars.files):,} tars of raw text, {tars.size_bytes:,} bytes", markup=False)
+    console.print(f"{sum(counts):,} documents; verify tells which of them cannot be used", markup=False)
+    for tar, count in enumerate(counts):
+        for document in range(tar << 32, (tar << 32) + count):
+            with contextlib.suppress(BadDocument):
+                text = tars.text(document)
+                console.print(f"{tars.files[tar]}, sample {tars.describe(document)[0]}:", markup=False)
+                console.print(text[:characters], markup=False, highlight=False, style="dim")
+                return 0
+    return 0
+
+
+def _verify_text(tars: TextTars) -> int:
+    """Every document of raw text is read."""
+    found: Counter[str] = Counter()
+    good = 0
+    with bar("verifying", len(tars.files), shown=True) as advance:
+        for tar in range(len(tars.files)):
+            for document in range(tar << 32, (tar << 32) + tars.num_documents(tar)):
+                try:
+                    tars.text(document)
+                    good += 1
+                except BadDocument as bad:
+                    found[bad.reason] += 1
+                    print(f"bad: {bad}", file=sys.stderr)
+            advance(1)
+    for reason, count in found.most_common():
+        print(f"{tars.name}: {count:,} bad documents: {reason}")
+    print(f"{tars.name}: {good:,} documents of {len(tars.files):,} tars can be used")
+    return 1 if found else 0
+
+
 def _show_first_document(console: Console, dataset: Dataset, characters: int) -> None:
     key, metadata = dataset.describe(0)
     tokens = dataset.tokens(0)
@@ -106,6 +149,8 @@ def _show_first_document(console: Console, dataset: Dataset, characters: int) ->
 
 def verify_command(options: argparse.Namespace) -> int:
     bad = False
+    if is_text(options.folder):
+        return _verify_text(TextTars.open(options.folder, None, field=options.field))
     if locations.is_remote(options.folder):
         raise UserError(
             f"{locations.shown(options.folder)}: verify reads a folder on a disk. Remote shards are checked against "
@@ -145,12 +190,16 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=build_command)
 
     command = commands.add_parser("inspect", help="what is there, and the first document as text")
-    command.add_argument("folder", metavar="DIR", help="a built folder, or its train/ or valid/; or a URL of one")
+    command.add_argument(
+        "folder", metavar="DIR", help="a built folder, or its train/ or valid/; or tars of raw text; or a URL"
+    )
+    command.add_argument("--field", default="text", help="of raw text: key in .json members that holds it (text)")
     command.add_argument("--characters", type=int, default=400, help="of the first document to show (400)")
     command.set_defaults(run=inspect_command)
 
     command = commands.add_parser("verify", help="read every byte against the index; exit status 1 on damage")
-    command.add_argument("folder", metavar="DIR", help="a built folder, or its train/ or valid/")
+    command.add_argument("folder", metavar="DIR", help="a built folder, or its train/ or valid/; or tars of raw text")
+    command.add_argument("--field", default="text", help="of raw text: key in .json members that holds it (text)")
     command.set_defaults(run=verify_command)
     return parser
 

@@ -168,6 +168,8 @@ class Dataset:
                 reason = "the shard is cut short before its end"
             elif zlib.crc32(tokens.data) != int(row["crc32"]):
                 reason = "its tokens are damaged: their checksum is not that of the index"
+            elif size and int(tokens.view(self.index.dtype).max()) >= self.index.vocab_size:
+                reason = f"it has tokens beyond the vocabulary's {self.index.vocab_size}"
         except OSError as error:
             reason = f"the shard cannot be read: {error.strerror or error}"
         if reason:

@@ -60,8 +60,10 @@ def is_text(path: str) -> bool:
 class TextTars:
     """Documents by number: shard << 32 | sample in it. Safe to use from many threads."""
 
-    def __init__(self, folder: Folder, files: Sequence[str], tokenizer: Tokenizer, *, name: str, field: str) -> None:
-        """`files` of `folder`; `field`: key of the text in .json members."""
+    def __init__(
+        self, folder: Folder, files: Sequence[str], tokenizer: Tokenizer | None, *, name: str, field: str
+    ) -> None:
+        """`files` of `folder`; `field`: key of the text in .json members. Without a `tokenizer` it gives texts only."""
         self.name, self.files, self.is_remote = name, list(files), folder.is_remote
         self.tokenizer, self._folder, self._field = tokenizer, folder, field
         self._sizes = _sizes_of(folder, self.files)
@@ -70,17 +72,13 @@ class TextTars:
         self._held_bytes = 0
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
-        parts = [
-            "text",
-            tokenizer.fingerprint,
-            field,
-            *map(str, itertools.chain(*zip(files, self._sizes, strict=True))),
-        ]
+        tars = itertools.chain(*zip(files, map(str, self._sizes), strict=True))
+        parts = ["text", tokenizer.fingerprint if tokenizer else "", field, *tars]
         self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         """Of the names of the tars, their sizes where they lie on a disk, and the tokenizer (hex)."""
 
     @staticmethod
-    def open(path: str, tokenizer: Tokenizer, *, places: Places | None = None, field: str = "text") -> TextTars:
+    def open(path: str, tokenizer: Tokenizer | None, *, places: Places | None = None, field: str = "text") -> TextTars:
         """The tars at `path`: a folder of them, or a name of one or many with {000..127} or, on a disk, * in it. Raises
         UserError where there is none, or one is packed."""
         folder, files = _expand(path, places or Places())
@@ -174,6 +172,11 @@ class TextTars:
                 self._held_bytes -= 0 if future.exception() else future.result().nbytes
 
     def _tokenize(self, document: int) -> np.ndarray:
+        assert self.tokenizer is not None
+        return encoding.encode(self.tokenizer, self.text(document))
+
+    def text(self, document: int) -> str:
+        """The text of a document, never blank. Raises BadDocument where it has none that can be used."""
         tar, sample = self._sample(document)
         try:
             if sample.reason:
@@ -184,7 +187,7 @@ class TextTars:
                 raise Drop("empty")
         except Drop as reason:
             raise BadDocument(self.name, self.file_of(document), sample.key, str(reason), sample.size) from None
-        return encoding.encode(self.tokenizer, text)
+        return text
 
     def _sample(self, document: int) -> tuple[Tar, Sample]:
         tar = self._tar(document >> 32)

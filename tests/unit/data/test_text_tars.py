@@ -386,3 +386,29 @@ def test_the_tool_reads_what_others_wrote(folder: Path, tokenizer: Tokenizer) ->
     piece = order.pieces(0)[0]
     line = tool.told(order, piece)
     assert f"{folder}/{order.datasets[0].file_of(piece.document)}: document {piece.document}" in line
+
+
+def test_inspect_and_verify(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = load_tool("shards")
+    assert tool.main(["verify", str(folder)]) == 0
+    assert f"{len(TEXTS):,} documents of 3 tars can be used" in capsys.readouterr().out
+    assert tool.main(["inspect", f"{folder}/web-{{0..1}}.tar", "--characters", "20"]) == 0
+    said = capsys.readouterr().out
+    assert "2 tars of raw text" in said and "55 documents" in said and "web-0.tar, sample 0000:" in said
+    (tmp_path / "x.tar").write_bytes(tar_of({"a.txt": b"good", **BAD}))
+    assert tool.main(["verify", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "1 documents of 1 tars can be used" in said.out and "2 bad documents: empty" in said.out
+    assert f"bad: data {tmp_path}: x.tar: sample json: not JSON." in said.err
+
+
+def test_tokens_beyond_the_vocabulary(built: Path, tmp_path: Path) -> None:
+    """An index that was made for them lets them pass; a model would look up rows that it does not have."""
+    import shutil
+
+    shutil.copytree(built / "train", tmp_path / "train")
+    path = tmp_path / "train" / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "vocab_size": 100}))
+    with pytest.raises(UserError, match="tokens beyond the vocabulary's 100"):
+        Dataset.open(tmp_path / "train").tokens(0)
