@@ -175,9 +175,11 @@ class SourceConfig:
     """Folder that tools/shards.py built, http(s)://HOST/FOLDER, s3://BUCKET/FOLDER, or a command that prints a file of
     it: pipe:COMMAND, with {file} where the name goes."""
     weight: float = 1.0
-    """Share of the tokens, relative to the other sources."""
+    """Share of the tokens, relative to the other sources; 0: none until `then`. Not used for held-out data."""
     then: list[WeightConfig] = field(default_factory=list[WeightConfig])
     """Weights from later on: [{from_tokens: 2_000_000_000, weight: 0.5}]. Not used for held-out data."""
+    set: str = ""
+    """Held-out data: the evaluation set that this belongs to; empty for the only one. Letters, digits, _ and -."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,8 @@ class DataConfig:
     train: list[SourceConfig] = field(default_factory=list[SourceConfig])
     """Shards to train on: a list of {path, weight}."""
     valid: list[SourceConfig] = field(default_factory=list[SourceConfig])
-    """Held-out shards to evaluate on: a list of {path, weight}."""
+    """Held-out shards to evaluate on: a list of {path}. For several sets, each with a loss of its own, {path, set}, or
+    on the command line 'data.valid={NAME: PATH, NAME: PATH}'."""
     num_lanes: int = 64
     """Independent sequences of documents that the data is dealt into; a multiple of every data-parallel size to come.
     Part of what fixes the order of the data: it does not change within a run."""

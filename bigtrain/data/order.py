@@ -171,6 +171,10 @@ class Order:
             for name, dataset, sequences in zip(self._names, self.datasets, self._sequences, strict=True)
         }
 
+    def sequences_of(self, source: int) -> Sequences:
+        """The endless sequences of one source by itself."""
+        return self._sequences[source]
+
     def streams_of_documents(self, source: int) -> np.ndarray:
         """int64[documents]: what an audit has to know. Each stream of a source goes through its epochs by itself."""
         return self._sequences[source].streams

@@ -17,7 +17,7 @@ import bigtrain.config
 from bigtrain.config import locations
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, DataConfig, PrepareConfig, TokenizerConfig
-from bigtrain.data import build, claim, held_out, inputs, order, readers, shards, sides
+from bigtrain.data import build, claim, data_report, held_out, inputs, order, readers, shards, sides
 from bigtrain.data import tokenizer_training as training
 from bigtrain.data.progress import bar
 from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -104,10 +104,9 @@ def check(config: Config) -> list[str]:
     made = check_tokenizer(config)
     length = config.train.sequence_length
     ordered = order.training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=made)
-    lines = [_summary("train", ordered.datasets)]
-    if config.data.valid:
-        lines.append(_summary("valid", held_out.held_out(config.data, sequence_length=length, tokenizer=made).datasets))
-    return [*lines, f"note: {made.caveat}"] if made.caveat else lines
+    sets = held_out.held_out(config.data, sequence_length=length, tokenizer=made) if config.data.valid else {}
+    told = list(data_report.lines(config, ordered, sets))
+    return [*told, f"note: {made.caveat}"] if made.caveat else told
 
 
 def check_tokenizer(config: Config) -> Tokenizer:
@@ -209,13 +208,6 @@ def _check_shards(out: Path, wanted: PrepareConfig, made: Tokenizer, say: Say) -
                 "data.prepare.out, or remove the folder to build it again; data.prepare.inputs=[] uses it as it is."
             )
     say(f"shards {out} are there: {index.num_documents:,} documents, {index.num_tokens:,} tokens in train/")
-
-
-def _summary(name: str, datasets: list[Dataset]) -> str:
-    documents = sum(len(dataset) for dataset in datasets)
-    tokens = sum(dataset.index.num_tokens for dataset in datasets)
-    size = sum(dataset.index.text_bytes for dataset in datasets)
-    return f"{name}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text"
 
 
 def main(arguments: list[str]) -> int:
