@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bigtrain import config as configs
-from bigtrain.config.compose import compose
+from bigtrain.config.check import check
+from bigtrain.config.compose import compose, conf_dir
 from bigtrain.config.errors import UserError
 from bigtrain.config.evaluation_sets import as_list, by_name
 from bigtrain.config.schema import RunConfig, SourceConfig
@@ -99,3 +101,22 @@ def test_other_settings_are_left_alone() -> None:
     for override in ("data.valid=[{path: a}]", "data.valid={a: ", "cluster.sbatch={qos: high}", "data.train={a: b}"):
         assert as_list(override) == override
     assert compose(["data.valid={}"]).data.valid == []
+
+
+def test_the_example_of_the_readme() -> None:
+    lines = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8").replace("\\\n", "").splitlines()
+    (command,) = [line for line in lines if "then: [{from_tokens" in line]
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "bigtrain.launch"]
+    config = compose([*words[3:], "cluster.device=cpu", "cluster.procs_per_node=4"])
+    assert check(config, 4) == []
+    assert [source.weight for source in config.data.train] == [1.0, 0.0]
+    assert list(by_name(config.data.valid)) == ["web", "code"]
+
+
+def test_the_examples_of_the_preset() -> None:
+    text = (conf_dir() / "data" / "shards.yaml").read_text(encoding="utf-8").replace("\\\n#", "")
+    settings = re.findall(r"'(data\.(?:train|valid)=[^']*)'", text)
+    assert len(settings) == 4
+    for setting in settings:
+        assert check(compose(["data=shards", setting, "cluster.device=cpu", "cluster.procs_per_node=4"]), 4) == []

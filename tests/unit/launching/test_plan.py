@@ -37,7 +37,8 @@ def test_a_weight_that_begins_later(tmp_path: Path) -> None:
     shards(tmp_path / "a", 100_000)
     shards(tmp_path / "b", 100_000)
     later = "[{path: a, then: [{from_tokens: 300000, weight: 0}]}, {path: b, weight: 0, then: [{from_tokens: 300000}]}]"
-    assert [line for line in planned(tmp_path, later) if line.startswith("epochs ")][0].endswith("a 3.00, b 1.00")
+    (epochs,) = [line for line in planned(tmp_path, later) if line.startswith("epochs ")]
+    assert epochs.endswith("a 3.00, b 1.00")
 
 
 def test_data_that_are_not_there_yet_or_elsewhere_are_left_out(tmp_path: Path) -> None:
