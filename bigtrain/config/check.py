@@ -70,6 +70,7 @@ _AT_LEAST_ONE = [
     "data.num_lanes",
     "checkpoint.keep",
     "eval.num_batches",
+    "eval.num_tokens",
     "tracker.log_interval",
     "cluster.num_nodes",
     "cluster.procs_per_node",

@@ -40,7 +40,12 @@ def planned(sources: Sequence[SourceConfig], sizes: Sequence[int], num_tokens: i
 def told(epochs: Mapping[str, float]) -> str:
     """``web 1.20, code 0.31``, from the folder of each source and how often it is gone through."""
     names = locations.short_names(epochs)
-    return ", ".join(f"{names[folder]} {count:.2f}" for folder, count in epochs.items())
+    return ", ".join(f"{names[folder]} {number(count)}" for folder, count in epochs.items())
+
+
+def number(count: float) -> str:
+    """Epochs as people read them: 12.30, 0.35, 0.0035."""
+    return f"{count:.2f}" if count >= 0.1 or not count else f"{count:.2g}"
 
 
 def warnings(epochs: Mapping[str, float]) -> Iterator[str]:

@@ -284,7 +284,11 @@ class EvalConfig:
     interval: int = 100
     """Steps between evaluations; the last step is always evaluated. 0: only the last."""
     num_batches: int = 16
-    """Global batches an evaluation; fewer where the held-out set is smaller."""
+    """Global batches of each held-out set an evaluation; fewer where the set is smaller. Ignored where num_tokens is
+    set."""
+    num_tokens: int | None = None
+    """Tokens of each held-out set an evaluation, rounded up to whole sequences: runs of different batch sizes are then
+    measured on the same text."""
 
 
 @dataclass(frozen=True)

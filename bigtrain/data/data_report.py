@@ -52,7 +52,8 @@ def lines(config: Config, order: Order, held_out: Mapping[str, HeldOut]) -> Iter
     yield _amount("train", order.datasets)
     for source, dataset in enumerate(order.datasets):
         packing = packing_of(order, source)
-        yield f"  {names[dataset.name]}: {planned[dataset.name]:.2f} epochs in {steps:,} steps; {order.pack}: {packing}"
+        count = epochs.number(planned[dataset.name])
+        yield f"  {names[dataset.name]}: {count} epochs in {steps:,} steps; {order.pack}: {packing}"
     for name, sequences in held_out.items():
         told = packing_of_held_out(sequences)
         yield f"{_amount(f'valid {name}'.strip(), sequences.datasets)}; {told}"

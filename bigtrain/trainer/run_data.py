@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from bigtrain.config.derive import sequences_of_evaluation
 from bigtrain.config.schema import Config
 from bigtrain.data.baseline import unigram_cross_entropies
 from bigtrain.data.held_out import HeldOut, held_out
@@ -30,11 +31,11 @@ class RunData:
     def open(config: Config, topology: Topology) -> RunData:
         """Raises UserError for data that are missing, damaged, too few, or of another tokenizer."""
         tokenizer = tokenizer_of(config)
-        length, evaluation = config.train.sequence_length, config.eval
+        length = config.train.sequence_length
         order = training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=tokenizer)
-        wanted = evaluation.num_batches * config.train.global_batch_size
         valid: dict[str, HeldOut] = {}
-        if config.data.valid and wanted:
+        if config.data.valid:
+            wanted = sequences_of_evaluation(config)
             valid = held_out(config.data, sequence_length=length, max_sequences=wanted, tokenizer=tokenizer)
         return RunData(config, topology, order, valid, tokenizer)
 

@@ -86,6 +86,7 @@ def test_a_sound_config_has_no_problem() -> None:
         ({"train__micro_batch_size": 0}, "train.micro_batch_size", "at least 1"),
         ({"model__num_attention_heads": 0}, "model.num_attention_heads", "at least 1"),
         ({"parallel__tensor": 0}, "parallel.tensor", "at least 1"),
+        ({"eval__num_tokens": 0}, "eval.num_tokens", "at least 1"),
         ({"run__name": "../x"}, "run.name", "name of a folder"),
         ({"data__train": []}, "data.train", "nothing to train on"),
         ({"data__train": [SourceConfig("")]}, "data.train.0.path", "empty"),

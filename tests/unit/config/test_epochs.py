@@ -39,6 +39,17 @@ def test_a_warning_above_four_epochs() -> None:
     assert epochs.told({"/data/web/train": 4.0, "/data/code/train": 4.06}) == "web 4.00, code 4.06"
 
 
+def test_few_epochs_are_not_none() -> None:
+    assert [epochs.number(count) for count in (12.3, 1.0, 0.349, 0.0349, 0.00034, 0)] == [
+        "12.30",
+        "1.00",
+        "0.35",
+        "0.035",
+        "0.00034",
+        "0.00",
+    ]
+
+
 @pytest.mark.parametrize(
     ("folders", "names"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,6 +128,15 @@ def test_each_set_has_its_own_bound(built: Path, other: Path) -> None:
     few = evaluated(config_of(built, other, global_batch=2, batches=2), 1)
     assert all(0 < found.tokens <= 4 * S for found in few.values())
     assert few["first"] != few["second"]
+
+
+def test_so_many_tokens_are_the_same_text_for_every_batch_size(built: Path, other: Path) -> None:
+    found: list[dict[str, Evaluation]] = []
+    for global_batch, micro_batch, data in ((1, 1, 1), (8, 2, 2), (20, 5, 1)):
+        config = config_of(built, other, global_batch=global_batch, micro_batch=micro_batch)
+        found.append(evaluated(replace(config, eval=EvalConfig(num_batches=1, num_tokens=5 * S - 1)), data))
+    assert found[0] == found[1] == found[2]
+    assert all(4 * S < each.tokens <= 5 * S for each in (found[0]["first"], found[0]["second"]))
 
 
 def test_the_unigram_of_each_set(built: Path, other: Path) -> None:
