@@ -224,7 +224,7 @@ class DataConfig:
     """What is trained on."""
 
     train: list[SourceConfig] = field(default_factory=list[SourceConfig])
-    """Shards to train on: a list of {path, weight}."""
+    """Shards to train on: a list of {path, weight}, and `then` where a weight is to change."""
     valid: list[SourceConfig] = field(default_factory=list[SourceConfig])
     """Held-out shards to evaluate on: a list of {path}. For several sets, each with a loss of its own, {path, set}, or
     on the command line 'data.valid={NAME: PATH, NAME: PATH}'."""
