@@ -10,27 +10,13 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from bigtrain.config import keys, locations
+from bigtrain.config import keys
+from bigtrain.config.data_rules import data_problems
 from bigtrain.config.derive import num_steps
+from bigtrain.config.problem import Problem
 from bigtrain.config.schema import Config
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing to fix."""
-
-    key: str
-    value: Any
-    message: str
-    """What is wrong, as the end of a sentence that begins with the key."""
-    fix: str
-    """What to do, as a sentence."""
-
-    def __str__(self) -> str:
-        return f"{self.key}={_shown(self.value)}: {self.message}. {self.fix}."
 
 
 def check(config: Config, world: int) -> list[Problem]:
@@ -84,6 +70,7 @@ _AT_LEAST_ONE = [
     "data.num_lanes",
     "checkpoint.keep",
     "eval.num_batches",
+    "eval.num_tokens",
     "tracker.log_interval",
     "cluster.num_nodes",
     "cluster.procs_per_node",
@@ -253,66 +240,6 @@ def _schedule(config: Config, world: int) -> Iterator[Problem]:
         yield Problem("schedule.decay_fraction", config.schedule.decay_fraction, message, "Lower one of the two")
 
 
-def _data(config: Config, world: int) -> Iterator[Problem]:
-    data, tokenizer = config.data, config.tokenizer
-    if not data.train:
-        fix = "Choose a preset (data=stdlib) or set data.train=[{path: FOLDER}]"
-        yield Problem("data.train", data.train, "there is nothing to train on", fix)
-    for split, sources in (("train", data.train), ("valid", data.valid)):
-        for index, source in enumerate(sources):
-            yield from _place(f"data.{split}.{index}.path", source.path)
-            is_text = source.path.endswith(".tar")
-            if is_text and split == "valid":
-                message = "is raw text, and an evaluation needs tokenised shards"
-                yield Problem(f"data.valid.{index}.path", source.path, message, "Build them: tools/shards.py build")
-            if is_text and data.pack == "best_fit":
-                message = f"needs the sizes of all documents, and {source.path} is raw text"
-                yield Problem("data.pack", data.pack, message, "Set data.pack=concat, or build shards of the text")
-            if not (math.isfinite(source.weight) and source.weight > 0):
-                key = f"data.{split}.{index}.weight"
-                yield Problem(
-                    key, source.weight, "must be a finite number, more than 0", "Leave out sources of no weight"
-                )
-    if not tokenizer.path:
-        yield Problem("tokenizer.path", tokenizer.path, "is empty", "Choose a preset (tokenizer=bpe) or name a file")
-    elif locations.is_remote(tokenizer.path):
-        yield from _place("tokenizer.path", tokenizer.path, locations.split_file(tokenizer.path)[0])
-    if not data.prepare.inputs:
-        return
-    if tokenizer.kind == "file" and tokenizer.specials:
-        message = "these are for a tokenizer that data.prepare trains, not for one that is there"
-        yield Problem("tokenizer.specials", tokenizer.specials, message, "Set tokenizer.specials=[]")
-    if tokenizer.kind != "file" and not tokenizer.vocab_size:
-        yield Problem("tokenizer.vocab_size", 0, "must be at least 1", "Set it to the pieces that it shall have")
-    if not data.prepare.out:
-        yield Problem("data.prepare.out", data.prepare.out, "is empty, but data.prepare.inputs is not", "Name a folder")
-    elif locations.is_remote(data.prepare.out):
-        message = "shards are built on a disk"
-        fix = "Name a folder, and copy it there once it is built"
-        yield Problem("data.prepare.out", locations.shown(data.prepare.out), message, fix)
-    if config.model.vocab_size < tokenizer.vocab_size:
-        message = f"is smaller than tokenizer.vocab_size={tokenizer.vocab_size}"
-        yield Problem(
-            "model.vocab_size", config.model.vocab_size, message, f"Set model.vocab_size={tokenizer.vocab_size} or more"
-        )
-
-
-def _place(key: str, path: str, folder: str | None = None) -> Iterator[Problem]:
-    """Of a folder of shards, which may be remote; `folder` where `path` is a file in it."""
-    if not path:
-        yield Problem(key, path, "is empty", "Name a folder of shards")
-        return
-    folder = path if folder is None else folder
-    try:
-        locations.parse(folder)
-    except ValueError as error:
-        yield Problem(key, locations.shown(path), str(error), "Name a folder of shards or its URL")
-    if found := locations.literal_secret(folder):
-        message = f"{found} is written out, and the run's config.yaml would keep it"
-        fix = "Write the name of an environment variable for it: https://$USER:$PASSWORD@HOST/FOLDER?$QUERY"
-        yield Problem(key, locations.shown(path), message, fix)
-
-
 def _cluster(config: Config, world: int) -> Iterator[Problem]:
     cluster = config.cluster
     if cluster.kind == "local" and cluster.num_nodes > 1:
@@ -382,7 +309,7 @@ _RULES: tuple[tuple[tuple[str, ...], _Rule], ...] = (
         ),
         _schedule,
     ),
-    ((), _data),
+    ((), data_problems),
     ((), _cluster),
 )
 
@@ -391,13 +318,3 @@ def _multiples(prefix: str, value: int, step: int) -> str:
     """`prefix` with the nearest multiples of `step` around `value`."""
     below, above = value // step * step, (value // step + 1) * step
     return f"{prefix}={below} or {above}" if below else f"{prefix}={above}"
-
-
-def _shown(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false", "": "''"}.get(value, str(value)) if _plain(value) else str(value)
-    )
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, str))

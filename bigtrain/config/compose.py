@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bigtrain.config import keys, locations
+from bigtrain.config import evaluation_sets, keys, locations
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import to_config, writable_schema
 from bigtrain.config.schema import Config
@@ -22,10 +22,11 @@ APPENDED_GROUPS = ("cluster", "experiment")
 """Groups that are not in the defaults list: +cluster=slurm."""
 _OVERRIDE = re.compile(r"(\+{0,2})([\w./@:-]+)=(.*)", re.DOTALL)
 _FOR_DEVELOPERS = re.compile(
-    r"full_key:|reference_type=|object_type=|\^|See |To append to|3. To sweep|value: |"
+    r"full_key\b|reference_type=|object_type=|\^|See |To append to|3. To sweep|value: |"
     r"Invalid (value|type) assigned|Cannot assign \w+ to Dict"
 )
 """Lines of an error of Hydra or OmegaConf that tell a user nothing, or the wrong thing."""
+_MAPPING_IN_FILE = "a mapping stands where a list is due; evaluation sets in a file: valid: [{path: PATH, set: NAME}]"
 
 
 def conf_dir() -> Path:
@@ -100,7 +101,9 @@ def compose(overrides: Sequence[str], extra_dirs: Sequence[Path] = ()) -> Config
 
 def as_hydra_takes(argument: str) -> str:
     """An override that writes a whole number as 1e3 or 2.0, written as 1000 or 2: Hydra would refuse it where a whole
-    number is due. Any other argument of the command line as it is."""
+    number is due. Named evaluation sets as the list that the schema has. Any other argument of the command line as it
+    is. Raises UserError for sets that are none."""
+    argument = evaluation_sets.as_list(argument)
     match = _OVERRIDE.fullmatch(argument)
     key = keys.by_path().get(match[2]) if match else None
     if match is None or key is None or not key.is_whole_number or not re.search(r"[.eE]", match[3]):
@@ -201,5 +204,6 @@ def _quote(text: str) -> str:
 
 def _told(error: BaseException) -> list[str]:
     """The lines of an error that are for the user."""
-    lines = [re.sub(r"^Error merging (override )?", "", line.strip().rstrip(".:")) for line in str(error).splitlines()]
+    text = str(error).replace("Cannot merge DictConfig with ListConfig", _MAPPING_IN_FILE)
+    lines = [re.sub(r"^Error merging (override )?", "", line.strip().rstrip(".:")) for line in text.splitlines()]
     return [line for line in lines if line and not _FOR_DEVELOPERS.match(line)]

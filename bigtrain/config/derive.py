@@ -136,6 +136,13 @@ def num_steps(train: TrainConfig) -> int:
     return -(-train.num_tokens // tokens_per_step(train))
 
 
+def sequences_of_evaluation(config: Config) -> int:
+    """Sequences that an evaluation takes of each held-out set, at most: eval.num_tokens, or eval.num_batches."""
+    if config.eval.num_tokens is None:
+        return config.eval.num_batches * config.train.global_batch_size
+    return -(-config.eval.num_tokens // config.train.sequence_length)
+
+
 def world_size(config: Config) -> int:
     """Ranks, once cluster.procs_per_node is resolved."""
     return config.cluster.num_nodes * config.cluster.procs_per_node

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -30,6 +30,8 @@ _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"`]+")
 _VARIABLE = re.compile(r"\$(\w+)", re.ASCII)
 _SECRET_NAME = re.compile(r"sig|token|key|secret|pass|cred|auth", re.IGNORECASE)
 _LONGEST_PUBLIC_VALUE = 16
+_PARTS_OF_ONE = 2
+"""Of a path, in the short name of data where there are no others."""
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*", re.ASCII)
 
 
@@ -187,6 +189,31 @@ def look_up(text: str, environ: Mapping[str, str] = os.environ) -> str:
 def variables(command: str) -> list[str]:
     """Names of the environment variables that a shell command mentions."""
     return re.findall(r"\$\{?(\w+)", command, re.ASCII)
+
+
+def short_names(folders: Iterable[str]) -> dict[str, str]:
+    """Names of data for lines and plots, by folder: what is left of the folders without the parts at both ends that
+    all have in common, such as web and code of /data/web/train and /data/code/train. Of a single folder its last two
+    parts; whole folders where names would be the same."""
+    whole = list(folders)
+    parts = [folder.rstrip("/").split("/") for folder in whole]
+    if len(whole) == 1:
+        return {whole[0]: "/".join(parts[0][-_PARTS_OF_ONE:])}
+    shortest = min(map(len, parts), default=0)
+    before = _common([part[: shortest - 1] for part in parts])
+    behind = _common([part[before:][::-1][: shortest - before - 1] for part in parts])
+    names = ["/".join(part[before : len(part) - behind]) for part in parts]
+    return dict(zip(whole, names if len(set(names)) == len(names) else whole, strict=True))
+
+
+def _common(lists: list[list[str]]) -> int:
+    """How many items all lists begin with alike."""
+    count = 0
+    for items in zip(*lists, strict=False):
+        if len(set(items)) > 1:
+            break
+        count += 1
+    return count
 
 
 def _urls(text: str) -> Iterator[SplitResult]:

@@ -176,11 +176,13 @@ class SourceConfig:
     it: pipe:COMMAND, with {file} where the name goes. To train on raw text, WebDataset tars of .txt or .json: a folder
     of them, or their names with {000..127}: s3://BUCKET/FOLDER/web-{000..127}.tar."""
     weight: float = 1.0
-    """Share of the tokens, relative to the other sources."""
+    """Share of the tokens, relative to the other sources; 0: none until `then`. Not used for held-out data."""
     then: list[WeightConfig] = field(default_factory=list[WeightConfig])
     """Weights from later on: [{from_tokens: 2_000_000_000, weight: 0.5}]. Not used for held-out data."""
     field: str = "text"
     """Of raw text: key of the text in .json members of the tars."""
+    set: str = ""
+    """Held-out data: the evaluation set that this belongs to; empty for the only one. Letters, digits, _ and -."""
 
 
 @dataclass(frozen=True)
@@ -225,9 +227,10 @@ class DataConfig:
     """What is trained on."""
 
     train: list[SourceConfig] = field(default_factory=list[SourceConfig])
-    """Shards to train on: a list of {path, weight}."""
+    """Shards to train on: a list of {path, weight}, and `then` where a weight is to change."""
     valid: list[SourceConfig] = field(default_factory=list[SourceConfig])
-    """Held-out shards to evaluate on: a list of {path, weight}."""
+    """Held-out shards to evaluate on: a list of {path}. For several sets, each with a loss of its own, {path, set}, or
+    on the command line 'data.valid={NAME: PATH, NAME: PATH}'."""
     num_lanes: int = 64
     """Independent sequences of documents that the data is dealt into; a multiple of every data-parallel size to come.
     Part of what fixes the order of the data: it does not change within a run."""
@@ -287,7 +290,11 @@ class EvalConfig:
     interval: int = 100
     """Steps between evaluations; the last step is always evaluated. 0: only the last."""
     num_batches: int = 16
-    """Global batches an evaluation; fewer where the held-out set is smaller."""
+    """Global batches of each held-out set an evaluation; fewer where the set is smaller. Ignored where num_tokens is
+    set."""
+    num_tokens: int | None = None
+    """Tokens of each held-out set an evaluation, rounded up to whole sequences: runs of different batch sizes are then
+    measured on the same text."""
 
 
 @dataclass(frozen=True)

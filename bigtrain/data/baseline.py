@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -12,20 +12,22 @@ from bigtrain.data.shards import Dataset
 _BLOCK_TOKENS = 1 << 22
 
 
-def unigram_cross_entropy(train: Sequence[Dataset], predicted: np.ndarray, *, max_tokens: int = 100_000_000) -> float:
-    """Nats a token: the mean cross-entropy of `predicted` (ids; `HeldOut.predicted_tokens`) under the share that each
-    token has in the training data, with one added to every count (Laplace).
+def unigram_cross_entropies(
+    train: Sequence[Dataset], predicted: Mapping[str, np.ndarray], *, max_tokens: int = 100_000_000
+) -> dict[str, float]:
+    """Nats a token for each set of `predicted` tokens (ids; `HeldOut.predicted_tokens`): their mean cross-entropy under
+    the share that each token has in the training data, with one added to every count (Laplace).
 
     The first token of each document is left out, as no model predicts it. At most `max_tokens` are counted,
-    documents being shuffled. Raises ValueError where `predicted` is empty.
+    documents being shuffled. Raises ValueError where a set is empty.
     """
-    if not len(predicted):
-        raise ValueError("no predicted tokens to score")
+    if empty := [name for name, tokens in predicted.items() if not len(tokens)]:
+        raise ValueError(f"no predicted tokens to score in {empty[0]!r}")
     counts = np.ones(train[0].index.vocab_size, np.int64)
     for block in _blocks(train, max_tokens):
         counts += np.bincount(block, minlength=len(counts))
     nats = np.log(counts.sum()) - np.log(counts)
-    return float(nats[predicted].mean())
+    return {name: float(nats[tokens].mean()) for name, tokens in predicted.items()}
 
 
 def _blocks(datasets: Sequence[Dataset], max_tokens: int) -> Iterator[np.ndarray]:

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from bigtrain.config import evaluation_sets
 from bigtrain.config.schema import DataConfig
 from bigtrain.data import shards
 from bigtrain.data.folders import Places
@@ -59,9 +60,16 @@ class HeldOut:
 
 def held_out(
     data: DataConfig, *, sequence_length: int, max_sequences: int | None = None, tokenizer: Tokenizer | None = None
-) -> HeldOut:
-    """The held-out sequences of data.valid, at most `max_sequences`. Raises UserError for data that are missing, of
-    another tokenizer, or too few."""
-    paths, places = [source.path for source in data.valid], Places.of(data)
-    datasets = shards.open_all(paths, what="data.valid", tokenizer=tokenizer, places=places)
-    return HeldOut(datasets, sequence_length=sequence_length, max_sequences=max_sequences)
+) -> dict[str, HeldOut]:
+    """The held-out sequences of each evaluation set of data.valid by its name ("": the only one, without a name), at
+    most `max_sequences` of each. Raises UserError for data that are missing, of another tokenizer, or too few."""
+    sets = evaluation_sets.by_name(data.valid)
+    paths = list(dict.fromkeys(source.path for source in data.valid))
+    opened = shards.open_all(paths, what="data.valid", tokenizer=tokenizer, places=Places.of(data))
+    of_path = dict(zip(paths, opened, strict=True))
+    return {
+        name: HeldOut(
+            [of_path[source.path] for source in sources], sequence_length=sequence_length, max_sequences=max_sequences
+        )
+        for name, sources in sets.items()
+    }

@@ -203,6 +203,10 @@ class Order:
         nothing = [0] * self.num_lanes
         return self._sequences[source].census(self.mixture.consumed(num_sequences).get(self._names[source], nothing))
 
+    def sequences_of(self, source: int) -> Sequences:
+        """The endless sequences of one source by itself."""
+        return self._sequences[source]
+
     def pieces(self, number: int) -> list[Piece]:
         """What is in global sequence `number`."""
         name, lane, row = self.mixture.locate(number)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import bigtrain.config
 from bigtrain.config import locations
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, DataConfig, PrepareConfig, TokenizerConfig
-from bigtrain.data import build, claim, held_out, inputs, order, readers, shards, sides
+from bigtrain.data import build, claim, data_report, held_out, inputs, order, readers, shards, sides
 from bigtrain.data import tokenizer_training as training
 from bigtrain.data.progress import bar
 from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -104,14 +104,9 @@ def check(config: Config) -> list[str]:
     made = check_tokenizer(config)
     length = config.train.sequence_length
     ordered = order.training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=made)
-    lines = [_summary("train", [dataset for dataset in ordered.datasets if isinstance(dataset, Dataset)])]
-    for dataset in ordered.datasets:
-        if not isinstance(dataset, Dataset):
-            size = f", {dataset.size_bytes / 1e6:,.1f} MB" if dataset.size_bytes else ""
-            lines.append(f"train: {dataset.name}: {len(dataset.files):,} tars of raw text{size}, tokenised as it comes")
-    if config.data.valid:
-        lines.append(_summary("valid", held_out.held_out(config.data, sequence_length=length, tokenizer=made).datasets))
-    return [*lines, f"note: {made.caveat}"] if made.caveat else lines
+    sets = held_out.held_out(config.data, sequence_length=length, tokenizer=made) if config.data.valid else {}
+    told = list(data_report.lines(config, ordered, sets))
+    return [*told, f"note: {made.caveat}"] if made.caveat else told
 
 
 def check_tokenizer(config: Config) -> Tokenizer:
@@ -213,13 +208,6 @@ def _check_shards(out: Path, wanted: PrepareConfig, made: Tokenizer, say: Say) -
                 "data.prepare.out, or remove the folder to build it again; data.prepare.inputs=[] uses it as it is."
             )
     say(f"shards {out} are there: {index.num_documents:,} documents, {index.num_tokens:,} tokens in train/")
-
-
-def _summary(name: str, datasets: Sequence[Dataset]) -> str:
-    documents = sum(len(dataset) for dataset in datasets)
-    tokens = sum(dataset.index.num_tokens for dataset in datasets)
-    size = sum(dataset.index.text_bytes for dataset in datasets)
-    return f"{name}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text"
 
 
 def main(arguments: list[str]) -> int:

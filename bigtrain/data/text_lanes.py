@@ -85,9 +85,14 @@ class TextLanes:
             return found
 
     def epochs(self, rows: Sequence[int]) -> float:
-        """How often the data was gone through, from the lanes that this process read up to `rows`."""
-        here = [p for lane, p in self._positions.items() if p.row == rows[lane]]
-        return float(np.mean([p.epoch + p.tar / len(self._data.files) for p in here])) if here else 0.0
+        """About how often the data was gone through in the first `rows[lane]` sequences of each lane, from the lanes
+        that this process read, and how far they are."""
+        found = [
+            self._epochs_of(lane, position) * rows[lane] / position.row
+            for lane, position in self._positions.items()
+            if position.row
+        ]
+        return float(np.mean(found)) if found else 0.0
 
     def census(self, rows: Sequence[int]) -> Census:
         """All documents, and what the first `rows[lane]` sequences of each lane made of them. Opens every tar, and
@@ -111,6 +116,11 @@ class TextLanes:
     def restore(self, positions: Mapping[int, Position]) -> None:
         """Go on from there."""
         self._positions, self._last = dict(positions), {}
+
+    def _epochs_of(self, lane: int, position: Position) -> float:
+        documents = self._documents(lane, position.epoch, position.tar)
+        tars = position.tar + position.document / max(len(documents), 1)
+        return position.epoch + tars / len(self._data.files)
 
     def _at(self, lane: int, row: int) -> Position:
         if row:

@@ -35,18 +35,26 @@ def summary(run_dir: Path, *, took_s: float) -> list[str]:
                 f"{found['steps']:,} steps, {found.get('tokens', 0):,} tokens{loss}; this launch took {took_s:,.0f} s",
             )
         )
-    held_out, unigram = found.get("eval") or {}, found.get("unigram_nats")
-    if held_out.get("loss") is not None:
-        bits = f" ({held_out['bits_per_byte']:.3f} bits a byte)" if held_out.get("bits_per_byte") is not None else ""
-        rows.append(("held-out loss", f"{held_out['loss']:.4f} nats a token{bits}"))
-        if unigram is not None:
-            difference = unigram - held_out["loss"]
-            where = "below" if difference >= 0 else "ABOVE"
-            rows.append(("unigram", f"{unigram:.4f} nats a token, cross-entropy of the same tokens"))
-            rows.append(("difference", f"the model is {abs(difference):.4f} nats {where} the unigram"))
+    rows += _held_out({**(found.get("eval") or {}), "unigram_nats": found.get("unigram_nats")}, "held-out loss")
+    for name, values in (found.get("eval_sets") or {}).items():
+        rows += _held_out(values, f"loss of {name}")
     if (run_dir / "report.html").is_file():
         rows.append(("report", short(run_dir / "report.html")))
-    return [f"{name:<14} {text}" for name, text in rows]
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"{name:<{max(width, 14)}} {text}" for name, text in rows]
+
+
+def _held_out(found: dict[str, Any], name: str) -> list[tuple[str, str]]:
+    """How good the model is on one evaluation set, called `name`."""
+    loss, bits, unigram = found.get("loss"), found.get("bits_per_byte"), found.get("unigram_nats")
+    if loss is None:
+        return []
+    rows = [(name, f"{loss:.4f} nats a token" + (f" ({bits:.3f} bits a byte)" if bits is not None else ""))]
+    if unigram is not None:
+        where = "below" if unigram >= loss else "ABOVE"
+        rows.append(("unigram", f"{unigram:.4f} nats a token, cross-entropy of the same tokens"))
+        rows.append(("difference", f"the model is {abs(unigram - loss):.4f} nats {where} the unigram"))
+    return rows
 
 
 def _summary(run_dir: Path) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from bigtrain.config.derive import derive, describe, world_size
+from bigtrain.config import epochs, locations
+from bigtrain.config.derive import derive, describe, num_steps, tokens_per_step, world_size
 from bigtrain.config.schema import Config
 from bigtrain.launching import slurm
 from bigtrain.launching.local import Command, rank_commands
+from bigtrain.launching.preflight import totals_of
 
 SHOWN_RANKS = 8
 
@@ -27,6 +29,7 @@ def plan(config: Config) -> str:
         f"ZeRO-{config.parallel.zero_stage}, on {config.cluster.device}",
         f"{'run folder':<20} {config.run.dir}",
         *describe(derive(config, world_size(config))),
+        *_epochs(config),
         "",
     ]
     if config.data.prepare.inputs:
@@ -40,6 +43,17 @@ def plan(config: Config) -> str:
     else:
         lines += _local(rank_commands(config, port=0))
     return "\n".join([*lines, "", "dry run: nothing was started or written."])
+
+
+def _epochs(config: Config) -> list[str]:
+    """How often the run goes through its sources, where all of them are on this file system and built."""
+    paths = [source.path for source in config.data.train]
+    sizes = [0 if locations.is_remote(path) else totals_of(path).get("num_tokens", 0) for path in paths]
+    if not all(sizes):
+        return []
+    counts = epochs.planned(config.data.train, sizes, num_steps(config.train) * tokens_per_step(config.train))
+    of_paths = dict(zip(paths, counts, strict=True))
+    return [f"{'epochs':<20} {epochs.told(of_paths)}", *epochs.warnings(of_paths)]
 
 
 def _local(commands: Sequence[Command]) -> list[str]:

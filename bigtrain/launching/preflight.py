@@ -161,7 +161,7 @@ def _prepared_data(config: Config) -> Iterator[Problem]:
         if _names_tars(path):
             continue  # its names are looked up where it is opened
         yield from _missing(key, path)
-        index = _index(path)
+        index = totals_of(path)
         num_pieces = max(num_pieces, index.get("vocab_size", 0))
         documents = index.get("num_documents", lanes)
         if key.startswith("data.train") and documents < lanes:
@@ -202,7 +202,7 @@ def _missing(key: str, path: str) -> Iterator[Problem]:
         yield Problem(key, path, "it has no index.json, so it is no finished folder of shards", "Build it again")
 
 
-def _index(path: str) -> dict[str, int]:
+def totals_of(path: str) -> dict[str, int]:
     """The totals of a folder of shards; empty where they cannot be read, which the reader of the data reports."""
     try:
         values: Any = json.loads((Path(path) / "index.json").read_text(encoding="utf-8"))

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from bigtrain.config import epochs
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -117,10 +119,16 @@ class Console:
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Show an eval record of metrics.jsonl."""
-        text = f"evaluation at step {record['step']}: loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}"
+        of = f" of {record['set']}" if record.get("set") else ""
+        text = f"evaluation{of} at step {record['step']}: loss {record['loss']:.4f}"
+        text += f"  perplexity {record['perplexity']:.2f}"
         if record["bits_per_byte"] is not None:
             text += f"  bits/byte {record['bits_per_byte']:.3f}"
         self.note(text)
+
+    def epochs(self, record: Mapping[str, Any]) -> None:
+        """Show an epochs event of metrics.jsonl."""
+        self.note(f"epochs at step {record['step']}: {epochs.told(record['epochs'])}")
 
     def close(self) -> None:
         """Take the live line away; what was noted stays. A second call does nothing."""

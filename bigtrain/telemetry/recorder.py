@@ -79,17 +79,27 @@ class Recorder:
         if self._write(record):
             self._console.train(record)
 
-    def evaluation(self, step: int, *, loss: float, perplexity: float, bits_per_byte: float | None) -> None:
-        """The held-out loss after `step`, in nats a token; its exponential; and in bits a byte of text, where known."""
+    def evaluation(
+        self, step: int, *, loss: float, perplexity: float, bits_per_byte: float | None, set: str = ""
+    ) -> None:
+        """The held-out loss after `step`, in nats a token; its exponential; and in bits a byte of text, where known.
+        `set`: name of the evaluation set, where it has one."""
         record = {
             "kind": "eval",
             "step": step,
+            **({"set": set} if set else {}),
             "loss": loss,
             "perplexity": perplexity,
             "bits_per_byte": bits_per_byte,
         }
         if self._write(record):
             self._console.evaluation(record)
+
+    def epochs(self, step: int, epochs: Mapping[str, float]) -> None:
+        """How often each source, by its folder, was gone through in the run's first `step` steps."""
+        record = {"kind": "event", "name": "epochs", "step": step, "epochs": dict(epochs)}
+        if self._write(record):
+            self._console.epochs(record)
 
     def event(self, name: str, **fields: Any) -> None:
         """Something that a reader of the run should know: a save, a signal, a skipped batch. Give the `step` where
@@ -118,6 +128,6 @@ class Recorder:
         if self._metrics is None:
             return False
         self._metrics.append(record)
-        if self._tracker is not None and record["kind"] != "event":
+        if self._tracker is not None:
             self._tracker.log(record)
         return True

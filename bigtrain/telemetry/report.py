@@ -8,14 +8,11 @@ from __future__ import annotations
 import html
 import math
 import os
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from bigtrain.config.errors import UserError
-from bigtrain.telemetry.metrics import METRICS_FILE, read_metrics
+from bigtrain.telemetry.run_facts import UNKNOWN, Run, facts_of, in_order, read_run
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter
@@ -23,10 +20,10 @@ if TYPE_CHECKING:
 REPORT_FILE = "report.html"
 
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
+_SYMBOLS = ("circle-open", "square-open", "diamond-open", "triangle-up-open", "star-open", "hexagon-open")
+"""Of the evaluation sets of a run."""
 _MAX_POINTS = 4000
 """Of one curve; a longer one is thinned, keeping its extremes."""
-_LAST_STEPS = 10
-"""Steps that the final training loss is the mean of."""
 
 _STYLE = """
   body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; margin: 2rem auto; max-width: 1300px; padding: 0 1rem; }
@@ -45,8 +42,6 @@ _PLOTLY = {
     "plotlyServerURL": "",
     "modeBarButtonsToRemove": ["sendChartToCloud", "select2d", "lasso2d"],
 }
-_FINAL_LOSS = f"Training loss, mean of the last {_LAST_STEPS} steps"
-_UNKNOWN = "-"
 
 
 class _Panel(NamedTuple):
@@ -65,34 +60,6 @@ _PANELS = (
     _Panel("Tokens a second", "step", "tokens_per_second", "from zero"),
     _Panel("Step time (s)", "step", "step_time_s", "from zero"),
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a report shows of one run."""
-
-    name: str
-    config: dict[str, Any]
-    """config.yaml; empty where the run has none."""
-    train: list[dict[str, Any]]
-    evals: list[dict[str, Any]]
-
-
-def read_run(run_dir: Path) -> Run:
-    """Read a run's folder. Raises UserError where it is none, or its config.yaml is not readable."""
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such folder. Give the folder of a run, such as runs/default.")
-    metrics, config_path = run_dir / METRICS_FILE, run_dir / "config.yaml"
-    if not metrics.exists() and not config_path.exists():
-        raise UserError(f"{run_dir}: not a run's folder: it has neither {METRICS_FILE} nor config.yaml.")
-    records = read_metrics(metrics) if metrics.exists() else []
-    config = _read_config(config_path) if config_path.exists() else {}
-    return Run(
-        name=str(config.get("run", {}).get("name", run_dir.resolve().name)),
-        config=config,
-        train=[record for record in records if record.get("kind") == "train"],
-        evals=[record for record in records if record.get("kind") == "eval"],
-    )
 
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
@@ -148,7 +115,7 @@ def _figure(runs: list[Run], names: list[str]) -> Figure:
 
 
 def _curves(run: Run, name: str, colour: str, panel: _Panel, *, in_legend: bool) -> list[Scatter]:
-    """The lines of one run in one panel: what it trained, and where the panel is of losses, the held-out loss."""
+    """The lines of one run in one panel: what it trained, and where the panel is of losses, the held-out losses."""
     from plotly.graph_objects import Scatter
 
     # Plotly reads tags in names, and entities but quotes.
@@ -164,21 +131,29 @@ def _curves(run: Run, name: str, colour: str, panel: _Panel, *, in_legend: bool)
         legendgroup=label,
         showlegend=in_legend and bool(x),
     )
-    if panel.field != "loss" or not run.evals:
+    if panel.field != "loss":
         return [trained]
+    held_out = [_held_out_curve(run, label, colour, panel, name, in_legend=in_legend) for name in run.evals]
+    return [trained, *held_out]
+
+
+def _held_out_curve(run: Run, label: str, colour: str, panel: _Panel, name: str, *, in_legend: bool) -> Scatter:
+    """The loss of one evaluation set."""
+    from plotly.graph_objects import Scatter
+
     tokens_at = {record["step"]: record["tokens"] for record in run.train}
-    known = [record for record in run.evals if panel.axis == "step" or record["step"] in tokens_at]
-    held_out = Scatter(
+    known = [record for record in run.evals[name] if panel.axis == "step" or record["step"] in tokens_at]
+    symbol = _SYMBOLS[list(run.evals).index(name) % len(_SYMBOLS)]
+    return Scatter(
         x=[record["step"] if panel.axis == "step" else tokens_at[record["step"]] for record in known],
         y=[_plottable(record["loss"]) for record in known],
         mode="lines+markers",
         line={"color": colour, "width": 1, "dash": "dot"},
-        marker={"color": colour, "size": 8, "symbol": "circle-open", "line": {"width": 2}},
-        name=f"{label}, held out",
+        marker={"color": colour, "size": 8, "symbol": symbol, "line": {"width": 2}},
+        name=f"{label}, {html.escape(name, quote=False) or 'held out'}",
         legendgroup=label,
         showlegend=in_legend,
     )
-    return [trained, held_out]
 
 
 def thinned(x: Sequence[Any], y: Sequence[Any], limit: int = _MAX_POINTS) -> tuple[list[Any], list[Any]]:
@@ -201,72 +176,16 @@ def thinned(x: Sequence[Any], y: Sequence[Any], limit: int = _MAX_POINTS) -> tup
 
 def _table(runs: list[Run], names: list[str]) -> str:
     """One column a run, one row a fact."""
-    columns = [_config_facts(run) | _results(run) for run in runs]
+    columns = [facts_of(run) for run in runs]
     head = "".join(
         f'<th><span class="dot" style="background:{colour}"></span>{html.escape(name)}</th>'
         for name, colour in zip(names, _colours(runs), strict=True)
     )
     rows = ""
-    for fact in columns[0]:
-        cells = "".join(f"<td>{html.escape(column[fact])}</td>" for column in columns)
+    for fact in in_order(columns):
+        cells = "".join(f"<td>{html.escape(column.get(fact, UNKNOWN))}</td>" for column in columns)
         rows += f"<tr><th>{html.escape(fact)}</th>{cells}</tr>\n"
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>\n{rows}</tbody></table>"
-
-
-def _config_facts(run: Run) -> dict[str, str]:
-    def get(group: str, key: str) -> Any:
-        values = run.config.get(group)
-        return values.get(key, "?") if isinstance(values, dict) else "?"
-
-    return {
-        "Model": f"{get('model', 'name')}: {get('model', 'num_layers')} layers of {get('model', 'hidden_size')}, "
-        f"vocabulary {get('model', 'vocab_size')}",
-        "Layout": f"tensor {get('parallel', 'tensor')}, pipeline {get('parallel', 'pipeline')}, "
-        f"ZeRO-{get('parallel', 'zero_stage')}, {get('precision', 'dtype')}",
-        "Batch": f"{get('train', 'global_batch_size')} sequences of {get('train', 'sequence_length')} tokens",
-        "Optimizer": f"{get('optim', 'name')}, peak lr {get('optim', 'lr')}, {get('schedule', 'name')} schedule",
-        "Seed": f"{get('run', 'seed')}",
-    }
-
-
-def _results(run: Run) -> dict[str, str]:
-    facts = {"Steps": "none yet", "Tokens": _UNKNOWN, _FINAL_LOSS: _UNKNOWN}
-    if run.train:
-        losses = [record["loss"] for record in run.train[-_LAST_STEPS:]]
-        facts["Steps"] = f"{run.train[-1]['step']:,}"
-        facts["Tokens"] = f"{run.train[-1]['tokens']:,}"
-        facts[_FINAL_LOSS] = f"{statistics.fmean(losses):.4f}"
-    facts |= {"Held-out loss, last": "not evaluated", "Held-out loss, best": _UNKNOWN}
-    facts |= {"Perplexity, last": _UNKNOWN, "Bits a byte, last": _UNKNOWN}
-    if run.evals:
-        last = run.evals[-1]
-        facts["Held-out loss, last"] = f"{last['loss']:.4f} at step {last['step']:,}"
-        facts["Held-out loss, best"] = f"{min(record['loss'] for record in run.evals):.4f}"
-        facts["Perplexity, last"] = f"{last['perplexity']:.2f}"
-        if last["bits_per_byte"] is not None:
-            facts["Bits a byte, last"] = f"{last['bits_per_byte']:.3f}"
-    facts["Tokens a second, median"] = _median(run, "tokens_per_second", ",.0f")
-    facts["Step time in s, median"] = _median(run, "step_time_s", ".3f")
-    facts["MFU, median"] = _median(run, "mfu", ".1%")
-    return facts
-
-
-def _median(run: Run, field: str, form: str) -> str:
-    values = [record[field] for record in run.train if record[field] is not None]
-    return f"{statistics.median(values):{form}}" if values else _UNKNOWN
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """config.yaml as plain values. Not as a Config: a report of an old run must not depend on today's settings."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as a config: {str(error).splitlines()[0]}") from error
-    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def _distinct(names: list[str], fallbacks: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from bigtrain.config import locations
 from bigtrain.config.schema import Config
 
 _ID_FILE = "wandb_id"
@@ -38,15 +39,13 @@ class WandbTracker:
             self._give_up(error)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Send a train or eval record of metrics.jsonl; its fields get their kind as prefix, as in ``train/loss``."""
-        if self._run is None:
+        """Send a record of metrics.jsonl: train and eval records, and the epochs of the sources. Other events stay
+        here."""
+        fields = {name: value for name, value in fields_of(record).items() if value is not None}
+        if self._run is None or not fields:
             return
-        kind = record["kind"]
-        fields = {f"{kind}/{name}": value for name, value in record.items() if name not in ("kind", "step")}
         try:
-            self._run.log(
-                {"step": record["step"], **{name: value for name, value in fields.items() if value is not None}}
-            )
+            self._run.log({"step": record["step"], **fields})
         except Exception as error:
             self._give_up(error)
 
@@ -64,6 +63,16 @@ class WandbTracker:
         self._run = None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         self._warn(f"warning: W&B stopped, training goes on without it: {reason}")
+
+
+def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's fields by the names that they get in W&B: ``train/loss``, ``eval/loss``, and for an evaluation set
+    ``eval/NAME/loss``, for a source ``epochs/NAME``."""
+    if record["kind"] == "event":
+        epochs: Mapping[str, float] = record["epochs"] if record["name"] == "epochs" else {}
+        return {f"epochs/{name}": epochs[source] for source, name in locations.short_names(epochs).items()}
+    prefix = f"{record['kind']}/{record['set']}" if record.get("set") else record["kind"]
+    return {f"{prefix}/{name}": value for name, value in record.items() if name not in ("kind", "step", "set")}
 
 
 def without_secrets(config: Config) -> dict[str, Any]:

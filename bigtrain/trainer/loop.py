@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from bigtrain.config.derive import num_steps, tokens_per_step
@@ -53,14 +53,18 @@ def fit(
     *,
     engine: Engine,
     batches: Iterable[StepBatch],
-    evaluator: Evaluator | None,
+    evaluators: Mapping[str, Evaluator],
+    epochs: Callable[[int], Mapping[str, float]],
     saver: Saver,
     recorder: Recorder,
     ledger: LedgerFile,
     throughput: Throughput,
     stop: StopSignal,
 ) -> Position:
-    """Train from `start` to the last step, or to where `stop` is agreed on. Returns where it stopped, saved there."""
+    """Train from `start` to the last step, or to where `stop` is agreed on. Returns where it stopped, saved there.
+
+    `evaluators`: of each evaluation set, by its name. `epochs`: how often each source was gone through in so many
+    sequences (`Order.epochs`)."""
     position, last = start, last_step(config)
     if position.step >= last:
         return position
@@ -91,8 +95,10 @@ def fit(
         told, ending = stop.agreed(), position.step >= last
         if told:  # nothing comes before the save: who stops us may not wait
             save(position, engine, saver, recorder)
-        if evaluator is not None and (ending or due(position.step, config.eval.interval)):
-            recorder.evaluation(position.step, **evaluator.evaluate(engine).as_record())
+        if ending or due(position.step, config.eval.interval):
+            for name, evaluator in evaluators.items():
+                recorder.evaluation(position.step, set=name, **evaluator.evaluate(engine).as_record())
+            recorder.epochs(position.step, epochs(position.cursor.num_sequences))
         if not told and (ending or due(position.step, config.checkpoint.interval)):
             save(position, engine, saver, recorder)
         if told or ending:

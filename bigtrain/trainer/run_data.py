@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
+from bigtrain.config.derive import sequences_of_evaluation
 from bigtrain.config.schema import Config
-from bigtrain.data.baseline import unigram_cross_entropy
+from bigtrain.data.baseline import unigram_cross_entropies
 from bigtrain.data.held_out import HeldOut, held_out
-from bigtrain.data.loader import StepBatch, batches, evaluation_batches
+from bigtrain.data.loader import Microbatch, StepBatch, batches, evaluation_batches
 from bigtrain.data.order import Cursor, Order, training_order
 from bigtrain.data.shards import Dataset, tokenizer_of
 from bigtrain.data.tokenizer import Tokenizer
@@ -21,19 +23,19 @@ class RunData:
     config: Config
     topology: Topology
     order: Order
-    held_out: HeldOut | None
-    """None where data.valid is empty: then nothing is evaluated."""
+    held_out: dict[str, HeldOut]
+    """By the name of the evaluation set ("": the only one, without a name); none where nothing is evaluated."""
     tokenizer: Tokenizer
 
     @staticmethod
     def open(config: Config, topology: Topology) -> RunData:
         """Raises UserError for data that are missing, damaged, too few, or of another tokenizer."""
         tokenizer = tokenizer_of(config)
-        length, evaluation = config.train.sequence_length, config.eval
+        length = config.train.sequence_length
         order = training_order(config.data, seed=config.run.seed, sequence_length=length, tokenizer=tokenizer)
-        wanted = evaluation.num_batches * config.train.global_batch_size
-        valid = None
-        if config.data.valid and wanted:
+        valid: dict[str, HeldOut] = {}
+        if config.data.valid:
+            wanted = sequences_of_evaluation(config)
             valid = held_out(config.data, sequence_length=length, max_sequences=wanted, tokenizer=tokenizer)
         return RunData(config, topology, order, valid, tokenizer)
 
@@ -50,27 +52,32 @@ class RunData:
             num_workers=data.num_workers,
         )
 
-    def evaluator(self) -> Evaluator | None:
-        train, held_out = self.config.train, self.held_out
-        if held_out is None:
-            return None
-        return Evaluator(
-            lambda: evaluation_batches(
-                held_out,
-                data_rank=self.topology.data_rank,
-                data_size=self.topology.data,
-                global_batch_size=train.global_batch_size,
-                micro_batch_size=train.micro_batch_size,
-            ),
-            self.tokenizer.bytes_of_tokens(),
-            bytes_at_start=self.tokenizer.bytes_of_tokens(at_start=True),
-            bos_id=self.tokenizer.bos_id,
-        )
+    def evaluators(self) -> dict[str, Evaluator]:
+        """One for each evaluation set, by its name."""
+        sizes, at_start = self.tokenizer.bytes_of_tokens(), self.tokenizer.bytes_of_tokens(at_start=True)
+        return {
+            name: Evaluator(
+                partial(self._evaluation_batches, sequences),
+                sizes,
+                bytes_at_start=at_start,
+                bos_id=self.tokenizer.bos_id,
+            )
+            for name, sequences in self.held_out.items()
+        }
 
-    def unigram_nats(self) -> float | None:
-        """What a model scores on the evaluation's tokens that knows only how often each occurs in the training data.
-        None where that is not known: there is no evaluation, or all training data are raw text."""
+    def unigram_nats(self) -> dict[str, float]:
+        """What a model scores on each evaluation set that knows only how often each token occurs in the training data.
+        Empty where that is not known: all training data are raw text."""
         counted = [dataset for dataset in self.order.datasets if isinstance(dataset, Dataset)]
-        if self.held_out is None or not counted:
-            return None
-        return unigram_cross_entropy(counted, self.held_out.predicted_tokens())
+        predicted = {name: sequences.predicted_tokens() for name, sequences in self.held_out.items()}
+        return unigram_cross_entropies(counted, predicted) if predicted and counted else {}
+
+    def _evaluation_batches(self, held_out: HeldOut) -> Iterator[tuple[Microbatch, ...]]:
+        train = self.config.train
+        return evaluation_batches(
+            held_out,
+            data_rank=self.topology.data_rank,
+            data_size=self.topology.data,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+        )

@@ -87,7 +87,12 @@ def test_metrics(whole: Path) -> None:
     assert [set(record) for record in evaluations] == [{"kind", "step", "loss", "perplexity", "bits_per_byte"}] * 2
     assert [record["step"] for record in evaluations] == [HALF, STEPS]
     events = [(record["name"], record["step"]) for record in records(whole, "event")]
-    assert events == [("checkpoint", 9), ("checkpoint", 18), ("checkpoint", STEPS)]
+    saved = [("checkpoint", 9), ("epochs", HALF), ("checkpoint", 18), ("epochs", STEPS), ("checkpoint", STEPS)]
+    assert events == saved
+    (source,) = frozen.load(whole).data.train
+    tokens = json.loads((Path(source.path) / "index.json").read_text())["num_tokens"]
+    epochs = [record["epochs"] for record in records(whole, "event") if record["name"] == "epochs"]
+    assert epochs == [{source.path: pytest.approx(512 * step / tokens)} for step in (HALF, STEPS)]
 
 
 def test_files(whole: Path) -> None:

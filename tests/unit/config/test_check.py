@@ -16,6 +16,7 @@ from bigtrain.config.schema import (
     RemoteConfig,
     SourceConfig,
     TokenizerConfig,
+    WeightConfig,
 )
 
 WORLD = 4
@@ -85,10 +86,53 @@ def test_a_sound_config_has_no_problem() -> None:
         ({"train__micro_batch_size": 0}, "train.micro_batch_size", "at least 1"),
         ({"model__num_attention_heads": 0}, "model.num_attention_heads", "at least 1"),
         ({"parallel__tensor": 0}, "parallel.tensor", "at least 1"),
+        ({"eval__num_tokens": 0}, "eval.num_tokens", "at least 1"),
         ({"run__name": "../x"}, "run.name", "name of a folder"),
         ({"data__train": []}, "data.train", "nothing to train on"),
         ({"data__train": [SourceConfig("")]}, "data.train.0.path", "empty"),
         ({"data__valid": [SourceConfig("v", -1.0)]}, "data.valid.0.weight", "more than 0"),
+        ({"data__valid": [SourceConfig("v", set="a.b")]}, "data.valid.0.set", "letters, digits, _ and -"),
+        ({"data__valid": [SourceConfig("v", set="a\n")]}, "data.valid.0.set", "letters, digits, _ and -"),
+        ({"data__valid": [SourceConfig("v", set="a"), SourceConfig("w")]}, "data.valid.1.set", "Name the set of this"),
+        ({"data__train": [SourceConfig("t", set="a")]}, "data.train.0.set", "not in evaluation sets"),
+        ({"data__train": [SourceConfig("t", -1.0)]}, "data.train.0.weight", "0 or more"),
+        ({"data__train": [SourceConfig("t", float("nan"))]}, "data.train.0.weight", "finite"),
+        ({"data__train": [SourceConfig("t"), SourceConfig("u", 0.0)]}, "data.train.1.weight", "never has a weight"),
+        (
+            {"data__train": [SourceConfig("t"), SourceConfig("u", 0.0, [WeightConfig(9, 0.0)])]},
+            "data.train.1.weight",
+            "never has a weight",
+        ),
+        (
+            {"data__train": [SourceConfig("t", 1.0, [WeightConfig(9, -2.0)])]},
+            "data.train.0.then.0.weight",
+            "0 or more",
+        ),
+        (
+            {"data__train": [SourceConfig("t", 1.0, [WeightConfig(0, 2.0)])]},
+            "data.train.0.then.0.from_tokens",
+            "Set data.train.0.weight",
+        ),
+        (
+            {"data__train": [SourceConfig("t", 1.0, [WeightConfig(9, 2.0), WeightConfig(9, 3.0)])]},
+            "data.train.0.then.1.from_tokens",
+            "two weights begin there",
+        ),
+        (
+            {"data__train": [SourceConfig("t", 0.0, [WeightConfig(9, 2.0)])]},
+            "data.train",
+            "no source has a weight above 0 from token 0 on",
+        ),
+        (
+            {
+                "data__train": [
+                    SourceConfig("t", 1.0, [WeightConfig(900, 0.0)]),
+                    SourceConfig("u", 1.0, [WeightConfig(7, 0)]),
+                ]
+            },
+            "data.train",
+            "no source has a weight above 0 from token 900 on",
+        ),
         ({"data__prepare": PrepareConfig(inputs=["*.py"])}, "data.prepare.out", "empty"),
         ({"data__prepare": PrepareConfig(inputs=["*.py"], out="s3://b/x")}, "data.prepare.out", "built on a disk"),
         (
@@ -129,6 +173,16 @@ def test_problem(changes: dict[str, Any], key: str, says: str) -> None:
     assert key in problems, problems
     assert says in problems[key]
     assert str(problems[key]).startswith(f"{key}=")
+
+
+def test_a_source_may_have_no_weight_for_a_while() -> None:
+    later = SourceConfig("u", 0.0, [WeightConfig(1_000_000, 0.5)])
+    assert found(data__train=[SourceConfig("t", 1.0, [WeightConfig(2_000_000, 0.0)]), later]) == {}
+
+
+def test_named_evaluation_sets_are_sound() -> None:
+    sets = [SourceConfig("a", set="web_2-b"), SourceConfig("b", set="0"), SourceConfig("c", set="0")]
+    assert found(data__valid=sets) == {}
 
 
 def test_all_problems_at_once_and_no_division_by_a_bad_value() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bigtrain.data import baseline
-from bigtrain.data.baseline import unigram_cross_entropy
+from bigtrain.data.baseline import unigram_cross_entropies
 from bigtrain.data.held_out import HeldOut
 from bigtrain.data.shards import Dataset
 from bigtrain.data.tokenizer import from_files
@@ -16,6 +16,10 @@ from bigtrain.data.tokenizer import from_files
 from . import foreign
 from .conftest import make_texts
 from .test_build import small_build
+
+
+def cross_entropy(train: list[Dataset], predicted: np.ndarray, **options: int) -> float:
+    return unigram_cross_entropies(train, {"": predicted}, **options)[""]
 
 
 @pytest.mark.parametrize("block", [1 << 22, 100])
@@ -37,7 +41,7 @@ def check_by_hand(train: Dataset, valid: Dataset) -> None:
     total = sum(counts.values()) + train.index.vocab_size
     predicted = [token for document in range(len(valid)) for token in valid.tokens(document).tolist()[1:]]
     expected = -sum(math.log((counts[token] + 1) / total) for token in predicted) / len(predicted)
-    found = unigram_cross_entropy([train], HeldOut([valid], sequence_length=32).predicted_tokens())
+    found = cross_entropy([train], HeldOut([valid], sequence_length=32).predicted_tokens())
     assert found == pytest.approx(expected, rel=1e-12)
     assert found < math.log(train.index.vocab_size)
 
@@ -45,13 +49,21 @@ def check_by_hand(train: Dataset, valid: Dataset) -> None:
 def test_a_bounded_part_is_close(built: Path) -> None:
     train = Dataset.open(built / "train")
     predicted = HeldOut([train], sequence_length=32).predicted_tokens()
-    whole = unigram_cross_entropy([train], predicted)
-    assert unigram_cross_entropy([train, train], predicted) == pytest.approx(whole, rel=0.05)
-    part = unigram_cross_entropy([train], predicted, max_tokens=3000)
+    whole = cross_entropy([train], predicted)
+    assert cross_entropy([train, train], predicted) == pytest.approx(whole, rel=0.05)
+    part = cross_entropy([train], predicted, max_tokens=3000)
     assert part != whole
     assert part == pytest.approx(whole, rel=0.2)
 
 
 def test_nothing_to_score(built: Path) -> None:
     with pytest.raises(ValueError, match="no predicted tokens"):
-        unigram_cross_entropy([Dataset.open(built / "train")], np.zeros(0, np.int64))
+        cross_entropy([Dataset.open(built / "train")], np.zeros(0, np.int64))
+
+
+def test_each_set_has_its_own(built: Path) -> None:
+    train, valid = Dataset.open(built / "train"), Dataset.open(built / "valid")
+    sets = {name: HeldOut([each], sequence_length=32).predicted_tokens() for name, each in (("a", valid), ("b", train))}
+    found = unigram_cross_entropies([train], sets)
+    assert found == {name: cross_entropy([train], tokens) for name, tokens in sets.items()}
+    assert found["a"] != found["b"]

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from bigtrain.config.schema import (
 from bigtrain.data import prepare
 from bigtrain.data.cache import Cache
 from bigtrain.data.folders import Places, allow_open_files, check_room
+from bigtrain.data.held_out import HeldOut, held_out
 from bigtrain.data.loader import batches
 from bigtrain.data.order import Order, Source
 from bigtrain.data.remote import MissingError, Policy
@@ -273,11 +275,29 @@ def test_a_launch_opens_it_as_its_ranks_do(
 ) -> None:
     monkeypatch.setenv("DATA_QUERY", "sig=secret")
     lines = prepare.check(config)
-    assert lines[0].startswith("train: ") and lines[1].startswith("valid: ")
+    assert lines[0].startswith("train: ") and lines[2].startswith("valid: ")
     assert {request.query for request in server.log} == {"sig=secret"}
     monkeypatch.delenv("DATA_QUERY")
     with pytest.raises(UserError, match="environment variable DATA_QUERY is not set"):
         prepare.check(config)
+
+
+def test_evaluation_sets_may_be_remote(
+    config: Config, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA_QUERY", "sig=secret")
+    piped = replace(config.data.valid[0], set="piped")
+    fetched = SourceConfig(f"{server.url}/valid?$DATA_QUERY", set="fetched")
+    data = replace(config.data, valid=[piped, fetched])
+    sets = held_out(data, sequence_length=24)
+    assert [dataset.is_remote for each in sets.values() for dataset in each.datasets] == [True, True]
+    here = HeldOut([Dataset.open(Path(server.folder) / "valid")], sequence_length=24).predicted_tokens()
+    assert {name: each.predicted_tokens().tolist() for name, each in sets.items()} == dict.fromkeys(
+        ("piped", "fetched"), here.tolist()
+    )
+    lines = prepare.check(replace(config, data=data))
+    assert [line.split(":")[0] for line in lines if line.startswith("valid")] == ["valid piped", "valid fetched"]
+    assert "secret" not in "".join(lines)
 
 
 def test_inspect_takes_a_url(

@@ -48,6 +48,21 @@ def test_a_model_worse_than_the_unigram_is_not_hidden(tmp_path: Path) -> None:
     assert "0.2500 nats ABOVE" in "\n".join(summary(tmp_path, took_s=131.0))
 
 
+def test_every_evaluation_set_is_told(tmp_path: Path) -> None:
+    sets = {
+        "code": {"loss": 3.25, "perplexity": 25.8, "bits_per_byte": 1.4, "unigram_nats": 6.0},
+        "a-long-name": {"loss": 4.5, "perplexity": 90.0, "bits_per_byte": None, "unigram_nats": 4.0},
+    }
+    nothing = {"loss": None, "perplexity": None, "bits_per_byte": None}
+    found = {**FOUND, "eval": nothing, "unigram_nats": None, "eval_sets": sets}
+    (tmp_path / "summary.json").write_text(json.dumps(found), encoding="utf-8")
+    rows = summary(tmp_path, took_s=1.0)[1:]
+    names = [name for of in ("loss of code", "loss of a-long-name") for name in (of, "unigram", "difference")]
+    assert len(rows) == 6 and all(row.startswith(f"{name:<19} ") for row, name in zip(rows, names, strict=True))
+    assert "3.2500 nats a token (1.400 bits a byte)" in rows[0] and "2.7500 nats below" in rows[2]
+    assert rows[3].endswith("4.5000 nats a token") and "0.5000 nats ABOVE" in rows[5]
+
+
 def test_summary_with_parts_missing(tmp_path: Path) -> None:
     assert summary(tmp_path, took_s=131.0) == []
     (tmp_path / "summary.json").write_text(json.dumps({"steps": 1, "eval": None}), encoding="utf-8")

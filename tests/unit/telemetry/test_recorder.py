@@ -25,6 +25,39 @@ def test_the_fields_are_those_of_the_contract(tmp_path: Path) -> None:
     assert event == {"kind": "event", "name": "save", "step": 2, "seconds": 0.5}
 
 
+def test_a_named_set_and_epochs(tmp_path: Path) -> None:
+    with recorder_of(tmp_path) as recorder:
+        recorder.evaluation(2, set="books", loss=2.0, perplexity=7.389, bits_per_byte=1.0)
+        recorder.epochs(2, {"data/train": 0.25})
+    held_out, epochs = read_metrics(tmp_path / "metrics.jsonl")
+    assert held_out == {
+        "kind": "eval",
+        "step": 2,
+        "set": "books",
+        "loss": 2.0,
+        "perplexity": 7.389,
+        "bits_per_byte": 1.0,
+    }
+    assert epochs == {"kind": "event", "name": "epochs", "step": 2, "epochs": {"data/train": 0.25}}
+
+
+def test_no_set_has_a_step_twice_after_a_resume(tmp_path: Path) -> None:
+    """Killed between the sets of step 30; the newest checkpoint is that of step 20."""
+    with recorder_of(tmp_path) as recorder:
+        for step in (10, 20, 30):
+            for name in ("code", "books") if step < 30 else ("code",):
+                recorder.evaluation(step, set=name, loss=2.0, perplexity=7.4, bits_per_byte=1.0)
+            recorder.epochs(step, {"a": step / 8})
+    with recorder_of(tmp_path, resume_step=20) as recorder:
+        for name in ("code", "books"):
+            recorder.evaluation(30, set=name, loss=2.0, perplexity=7.4, bits_per_byte=1.0)
+        recorder.epochs(30, {"a": 30 / 8})
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    for name in ("code", "books"):
+        assert [record["step"] for record in records if record.get("set") == name] == [10, 20, 30]
+    assert [record["step"] for record in records if record.get("name") == "epochs"] == [10, 20, 30]
+
+
 def test_a_resumed_run_has_the_lines_of_one_that_ran_through(tmp_path: Path) -> None:
     with recorder_of(tmp_path / "through") as recorder:
         record_steps(recorder, range(1, 41))

@@ -110,6 +110,30 @@ def test_several_runs_overlay_in_their_own_colours(tmp_path: Path) -> None:
     assert colours["first"] == colours["first, held out"] != colours["second"]
 
 
+def test_evaluation_sets_and_epochs(tmp_path: Path) -> None:
+    with recorder_of(tmp_path / "sets") as recorder:
+        record_steps(recorder, range(1, 5))
+        for step, loss in ((2, 2.5), (4, 3.5)):
+            recorder.evaluation(step, set="code", loss=loss, perplexity=9.0, bits_per_byte=1.125)
+            recorder.evaluation(step, set="books", loss=loss + 1, perplexity=20.0, bits_per_byte=None)
+            recorder.epochs(step, {"data/web/train": step / 2, "data/code/train": 0.25})
+    runs = [tmp_path / "sets", make_run(tmp_path / "plain", "plain")]
+    page = Page(write_report(runs, tmp_path / "both.html"))
+    facts, plain = page.facts(), page.facts(2)
+    assert facts["Loss of code, last"] == "3.5000 at step 4" and facts["Loss of code, best"] == "2.5000"
+    assert facts["Bits a byte of code, last"] == "1.125" and facts["Bits a byte of books, last"] == "-"
+    assert facts["Loss of books, last"] == "4.5000 at step 4"
+    assert facts["Epochs"] == "web 2.00, code 0.25"
+    assert facts["Held-out loss, last"] == "-" == plain["Loss of code, last"]
+    assert plain["Held-out loss, last"] == "1.5000 at step 20"
+    assert [row[0] for row in page.rows].index("Loss of code, last") > [row[0] for row in page.rows].index("Tokens")
+    curves = {trace["name"]: trace for trace in page.traces() if trace.get("showlegend")}
+    assert curves["sets, books"]["y"] == [3.5, 4.5] and curves["sets, code"]["x"] == [2, 4]
+    assert curves["sets, books"]["marker"]["symbol"] != curves["sets, code"]["marker"]["symbol"]
+    over_tokens = [trace for trace in page.traces() if trace["name"] == "sets, books"][1]
+    assert over_tokens["x"] == [2 * 4096, 4 * 4096]
+
+
 def test_runs_of_one_name_go_by_their_folders(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / folder, "same", steps=2) for folder in ("a", "b")]
     page = Page(write_report(runs, tmp_path / "both.html"))

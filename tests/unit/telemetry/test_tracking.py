@@ -34,6 +34,8 @@ def test_offline_run_is_written_and_resumed_under_one_id(tmp_path: Path, monkeyp
     with recorder_of(tmp_path, config=config) as recorder:
         record_steps(recorder, range(1, 4))
         recorder.evaluation(3, loss=2.5, perplexity=12.18, bits_per_byte=None)
+        recorder.evaluation(3, set="books", loss=3.5, perplexity=33.1, bits_per_byte=1.25)
+        recorder.epochs(3, {"data/web/train": 1.5, "data/code/train": 0.25})
         recorder.event("save", step=3)
     (first,) = logs(tmp_path)
     records = read_finished(first)
@@ -42,10 +44,16 @@ def test_offline_run_is_written_and_resumed_under_one_id(tmp_path: Path, monkeyp
     assert (run.run_id, run.project, run.display_name) == (kept, "a project", "the name")
     assert '"num_layers":6' in logged_config(records).replace(" ", "")
     rows = history(records)
-    assert [json.loads(row["step"]) for row in rows] == [1, 2, 3, 3]
+    assert [json.loads(row["step"]) for row in rows] == [1, 2, 3, 3, 3, 3]
     assert json.loads(rows[1]["train/loss"]) == 8.0 / 2**0.5
     assert json.loads(rows[1]["train/tokens"]) == 8192
     assert set(rows[3]) == {"step", "eval/loss", "eval/perplexity"}
+    assert set(rows[4]) == {"step", *(f"eval/books/{name}" for name in ("loss", "perplexity", "bits_per_byte"))}
+    assert json.loads(rows[4]["eval/books/bits_per_byte"]) == 1.25
+    assert {key: json.loads(value) for key, value in rows[5].items() if key != "step"} == {
+        "epochs/web": 1.5,
+        "epochs/code": 0.25,
+    }
     (exit_record,) = [record.exit for record in records if record.WhichOneof("record_type") == "exit"]
     assert exit_record.exit_code == 0
 

@@ -56,7 +56,10 @@ class Log:
         self.done.append(("train", step, fields))
 
     def evaluation(self, step: int, **fields: Any) -> None:
-        self.done.append(("eval", step))
+        self.done.append(("eval", step, fields["set"]))
+
+    def epochs(self, step: int, epochs: dict[str, float]) -> None:
+        self.done.append(("epochs", step, epochs))
 
     def event(self, name: str, **fields: Any) -> None:
         pass
@@ -83,14 +86,17 @@ class Ledger:
         self.log.done.append(("ledger", step))
 
 
-def run(config: Config, *, start: int = 0, stop_at: int | None = None, evaluates: bool = True) -> tuple[Log, Position]:
+def run(
+    config: Config, *, start: int = 0, stop_at: int | None = None, sets: tuple[str, ...] = ("",)
+) -> tuple[Log, Position]:
     log: Any = Log(stop_at=stop_at)
     position = fit(
         config,
         Position(start, Cursor(4 * start, "order", MIXTURE)),
         engine=log,
         batches=endless(start),
-        evaluator=log if evaluates else None,
+        evaluators={name: log for name in sets},
+        epochs=lambda num_sequences: {"folder": num_sequences / 16},
         saver=log,
         recorder=log,
         ledger=Ledger(log),  # type: ignore[arg-type]
@@ -117,7 +123,7 @@ def test_the_order_in_a_step() -> None:
     log, _ = run(replace(CONFIG, checkpoint=CheckpointConfig(interval=4)))
     fourth = [entry[0] for entry in log.done if entry[0] != "forward" or entry[1] == "batch 4"]
     begin = fourth.index("forward")
-    assert fourth[begin : begin + 6] == ["forward", "step", "ledger", "train", "eval", "save"]
+    assert fourth[begin : begin + 7] == ["forward", "step", "ledger", "train", "eval", "epochs", "save"]
 
 
 def test_what_is_recorded() -> None:
@@ -142,7 +148,7 @@ def test_an_agreed_stop_saves_before_an_evaluation(step: int) -> None:
     """At a step where a run that goes through evaluates as well."""
     log, position = run(CONFIG, stop_at=step)
     assert position.step == step
-    assert log.done[-2][:2] == ("save", step) and log.done[-1] == ("eval", step)
+    assert [entry[:2] for entry in log.done[-3:]] == [("save", step), ("eval", step), ("epochs", step)]
 
 
 def test_stop_after_is_the_last_step_and_the_schedule_does_not_know() -> None:
@@ -166,8 +172,22 @@ def test_a_run_that_is_done_does_nothing(start: int) -> None:
 
 
 def test_without_an_evaluator_nothing_is_evaluated() -> None:
-    log, _ = run(CONFIG, evaluates=False)
-    assert log.steps("eval") == [] and log.steps("save") == [3, 6, 9, 10]
+    log, _ = run(CONFIG, sets=())
+    assert log.steps("eval") == [] and log.steps("epochs") == [4, 8, 10] and log.steps("save") == [3, 6, 9, 10]
+
+
+def test_every_set_is_evaluated_by_its_name() -> None:
+    log, _ = run(CONFIG, sets=("code", "books"))
+    assert [entry[1:] for entry in log.done if entry[0] == "eval"] == [
+        (step, name) for step in (4, 8, 10) for name in ("code", "books")
+    ]
+
+
+def test_epochs_are_those_of_the_sequences_that_were_consumed() -> None:
+    log, _ = run(CONFIG, start=2)
+    assert [entry[1:] for entry in log.done if entry[0] == "epochs"] == [
+        (step, {"folder": 4 * step / 16}) for step in (4, 8, 10)
+    ]
 
 
 def test_due() -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from bigtrain.telemetry.metrics import MetricsFile
 from bigtrain.trainer.summary import tells_of, write_summary
 
 
-def summary_of(tmp_path: Path, *records: dict[str, object]) -> dict[str, object]:
+def summary_of(
+    tmp_path: Path, *records: dict[str, object], unigram_nats: Mapping[str, float] = MappingProxyType({"": 6.5})
+) -> dict[str, object]:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
     for record in records:
         metrics.append(record)
     metrics.close()
-    write_summary(tmp_path, unigram_nats=6.5, wall_s=1.23456)
+    write_summary(tmp_path, unigram_nats=unigram_nats, wall_s=1.23456)
     return json.loads((tmp_path / "summary.json").read_text())
 
 
@@ -35,6 +39,22 @@ def test_the_last_of_each_kind(tmp_path: Path) -> None:
         "unigram_nats": 6.5,
         "wall_s": 1.235,
     }
+
+
+def test_evaluation_sets_by_name(tmp_path: Path) -> None:
+    found = summary_of(
+        tmp_path,
+        {"kind": "eval", "step": 1, "set": "books", "loss": 9.0, "perplexity": 8.0, "bits_per_byte": 7.0},
+        {"kind": "eval", "step": 2, "set": "books", "loss": 4.0, "perplexity": 3.0, "bits_per_byte": 2.0},
+        {"kind": "eval", "step": 2, "set": "code", "loss": 5.0, "perplexity": 6.0, "bits_per_byte": None},
+        unigram_nats={"books": 6.5, "code": 7.5},
+    )
+    assert found["eval_sets"] == {
+        "books": {"loss": 4.0, "perplexity": 3.0, "bits_per_byte": 2.0, "unigram_nats": 6.5},
+        "code": {"loss": 5.0, "perplexity": 6.0, "bits_per_byte": None, "unigram_nats": 7.5},
+    }
+    assert found["eval"] == {"loss": None, "perplexity": None, "bits_per_byte": None}
+    assert found["unigram_nats"] is None
 
 
 def test_a_run_without_held_out_data(tmp_path: Path) -> None:
