@@ -5,9 +5,13 @@
              `tokenizer_training` makes a sentencepiece model that gives back every byte of any UTF-8 text
 `sides`      which documents are held out, by the hash of their text
 `build`      documents -> tokens, held-out split, global shuffle, shards (WebDataset tars with an index)
-`shards`     the format on disk: opening, random access to any document through a memory map, verifying
+`shard_format`  the format on disk; `shards` opens it: random access to any document through a memory map; `verify`
+`text_tars`  tars of raw text by others (`tar_scan` finds the documents), tokenised while they are streamed
+`faults`     documents that cannot be used: named, counted, skipped within a limit
 `folders`    the files of a shard folder, on a disk or remote: `remote` fetches them (`transports`), `cache` keeps them
-`order`      which tokens are in global sequence i: a pure function of (data, seed, lanes, sequence length)
+`order`      which tokens are in global sequence i: a function of (data, seed, lanes, sequence length). `mixture` finds
+             the source, `lanes`, `packing` or `text_lanes` the documents
+`ledger`     what each data rank was fed, and the audit of it
 `loader`     sequences -> the microbatches of one data rank, read ahead by threads; the cursor travels with them
 `baseline`   what a model that knows only word frequencies would score
 `prepare`    what `bigtrain.launch` runs first: make the tokenizer and the shards that a config asks for

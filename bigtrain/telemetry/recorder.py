@@ -5,7 +5,8 @@ Every rank holds a `Recorder` and calls it alike; only the writer's, rank 0's, d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,6 +106,11 @@ class Recorder:
         """Something that a reader of the run should know: a save, a signal, a skipped batch. Give the `step` where
         there is one. Goes to metrics.jsonl only."""
         self._write({"kind": "event", "name": name, **fields})
+
+    def bad_documents(self, step: int, reasons: Sequence[str]) -> None:
+        """Why data rank 0 passed over documents before this step, one reason each; nothing is recorded of none."""
+        if reasons:
+            self.event("bad_documents", step=step, skipped=dict(Counter(reasons)))
 
     def close(self, *, failed: bool = False) -> None:
         """Finish all outputs. A second call does nothing."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -87,9 +86,7 @@ def fit(
             tokens_per_second=tokens_per_second,
             mfu=throughput.mfu(tokens_per_second),
         )
-        if batch.skipped:
-            reasons = dict(Counter(skipped.reason for skipped in batch.skipped))
-            recorder.event("bad_documents", step=position.step, data_rank=0, skipped=reasons)
+        recorder.bad_documents(position.step, [skipped.reason for skipped in batch.skipped])
         if not math.isfinite(grad_norm):
             recorder.event("skipped", step=position.step, reason="the gradient norm is not finite")
         told, ending = stop.agreed(), position.step >= last

@@ -61,6 +61,9 @@ class Log:
     def epochs(self, step: int, epochs: dict[str, float]) -> None:
         self.done.append(("epochs", step, epochs))
 
+    def bad_documents(self, step: int, reasons: list[str]) -> None:
+        pass
+
     def event(self, name: str, **fields: Any) -> None:
         pass
 
