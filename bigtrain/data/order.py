@@ -211,15 +211,16 @@ def cut(datasets: Sequence[Dataset], pieces: Sequence[Piece], sequence_length: i
     """Copy the pieces into one window; what they do not fill is padded with token 0, as a document of its own.
 
     `apart`: each piece begins anew, also where it is the rest of a document."""
-    tokens = np.zeros(sequence_length + 1, np.int64)
+    tokens = np.empty(sequence_length + 1, np.int64)
     starts = np.zeros(sequence_length + 1, np.bool_)
     filled = 0
     for piece in pieces:
-        stop = piece.start + piece.count
-        tokens[filled : filled + piece.count] = datasets[piece.source].tokens(piece.document, piece.start, stop)
+        stop, end = piece.start + piece.count, filled + piece.count
+        tokens[filled:end] = datasets[piece.source].tokens(piece.document, piece.start, stop)
         starts[filled] = apart or piece.start == 0
-        filled += piece.count
+        filled = end
     if filled <= sequence_length:
+        tokens[filled:] = 0
         starts[filled] = True
     return Window(tokens, starts, filled, tuple(pieces))
 
