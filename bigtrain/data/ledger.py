@@ -68,7 +68,7 @@ def digest(windows: Iterable[Window]) -> str:
     """Of the tokens of these windows, padding included: 64 bits, hexadecimal (xxh3)."""
     state = xxhash.xxh3_64()
     for window in windows:
-        state.update(window.tokens.astype(_DIGESTED, copy=False))
+        state.update(window.tokens.astype(_DIGESTED, copy=False).data)
     return state.hexdigest()
 
 

@@ -16,42 +16,31 @@ digest of every step, the cursor; only "megatron, documents" gives the first two
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import importlib
 import json
 import os
-import statistics
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(sys.prefix) / "bench"))  # behind the packages of .venv: none of those is replaced
 import data_formats
+from data_tables import Result, restart_table, table, tokenise_table
 from step import run
 
 VOCAB_SIZE = 4096
 PARTS = ("read", "mixture", "restart", "tokenise")
 RESTART_STEP = 100_000
-TARGET = 1.5
-"""Our tokens a second over those of the best of the three libraries."""
+CHECKED_STEP = 50
+"""Where it is proven, on the small corpus, that a contender goes on where it was."""
 _SHARD_TOKENS = 1_000_000
-
-
-@dataclass
-class Result:
-    """What one process measured."""
-
-    first_batch_s: float
-    """From opening the data on; the imports are done by then."""
-    tokens_per_s: float = 0.0
-    cpu_ms: float = 0.0
-    """A batch, of the process and its workers."""
-    rss_growth_mb: float = 0.0
-    """Of the process, from the first measured batch to the last, page cache of maps left out."""
 
 
 def main() -> int:
@@ -97,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contenders", type=lambda text: text.split(";"), help="some of them, with ; between")
     parser.add_argument("--mixture", action="store_true", help="contender: of two sources")
     parser.add_argument("--first-step", type=int, default=0, help="contender: the step to go on at")
+    parser.add_argument("--discard", type=int, default=0, help="contender: batches to read before")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
     if options.command == "contender" and not options.name:
@@ -121,7 +111,6 @@ def build_corpus(options: argparse.Namespace) -> None:
 
 def contend(options: argparse.Namespace) -> Result:
     """One contender, in this process."""
-    import psutil
     from data_contenders import BATCH_SIZE, CONTENDERS, Reading
 
     (num_workers,) = options.workers
@@ -131,19 +120,23 @@ def contend(options: argparse.Namespace) -> Result:
     _import_of(options.name)
     began = time.perf_counter()
     batches = CONTENDERS[options.name](reading)
-    shapes = {(part.shape, part.dtype, part.is_contiguous()) for part in next(batches)}
+    batch = next(batches)
     first = time.perf_counter() - began
-    if [str(each) for each in shapes] != [f"(torch.Size([{BATCH_SIZE}, 2048]), torch.int64, True)"]:
+    for _ in range(options.discard):
+        batch = next(batches)
+    shapes = {(tuple(part.shape), str(part.dtype), part.is_contiguous()) for part in batch}
+    if shapes != {((BATCH_SIZE, data_formats.SEQUENCE_LENGTH), "torch.int64", True)}:
         raise ValueError(f"{options.name}: its batches are {shapes}")
+    tokens = hashlib.sha256(batch[0].numpy().tobytes()).hexdigest()
     if not options.seconds:
-        return Result(first)
+        return Result(first, tokens)
     _take(batches, options.seconds / 6)
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    anonymous, cpu = _anonymous_bytes(), _cpu_s(processes)
+    anonymous, cpu = _anonymous_bytes(), _cpu_s()
     count, took = _take(batches, options.seconds)
-    cpu = _cpu_s(processes) - cpu
+    cpu = _cpu_s() - cpu
     growth = (_anonymous_bytes() - anonymous) / 1e6
-    return Result(first, count * BATCH_SIZE * data_formats.SEQUENCE_LENGTH / took, cpu / count * 1e3, growth)
+    rate = count * BATCH_SIZE * data_formats.SEQUENCE_LENGTH / took
+    return Result(first, tokens, rate, cpu / count * 1e3, growth)
 
 
 def rounds(options: argparse.Namespace, *, mixture: bool) -> dict[str, dict[int, list[Result]]]:
@@ -169,6 +162,11 @@ def restarts(options: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
 
     large = options.folder / "large"
     data_formats.enlarge(options.folder, large, (RESTART_STEP + 100) * BATCH_SIZE * data_formats.SEQUENCE_LENGTH)
+    for name in RESUMES:
+        gone_on = launch(options, options.folder, name, 0, "--seconds", "0", "--first-step", str(CHECKED_STEP))
+        through = launch(options, options.folder, name, 0, "--seconds", "0", "--discard", str(CHECKED_STEP))
+        if gone_on.tokens != through.tokens:
+            raise SystemExit(f"{name}: what it reads after a restart is not what it reads there without one")
     found: dict[str, dict[int, list[float]]] = {name: {0: [], RESTART_STEP: []} for name in RESUMES}
     for number in range(options.rounds + 1):
         for name, of_steps in found.items():
@@ -211,69 +209,6 @@ TOKENISERS = {"sentencepiece": sentencepiece_alone}
 """For a source of raw text: add its reader of FOLDER/text here, which yields tokens through `_rate` likewise."""
 
 
-def table(found: dict[str, dict[int, list[Result]]]) -> str:
-    """Tokens a second at 0 workers and at the best other number, and what ours is of the others'."""
-    from data_contenders import LIBRARIES, OURS
-
-    rows = [f"{'contender':22}{'0 workers, M tokens/s':>26}{'CPU ms':>8}{'with workers':>26}{'of':>4}{'CPU ms':>8}"
-            f"{'first batch s':>15}{'grows MB':>10}"]  # fmt: skip
-    for name, of_workers in found.items():
-        best = best_of(of_workers)
-        cells = [_rates(of_workers.get(0, [])), _median(of_workers.get(0, []), "cpu_ms", ".3f")]
-        cells += [_rates(of_workers.get(best, [])), str(best), _median(of_workers.get(best, []), "cpu_ms", ".3f")]
-        cells += [_median(of_workers.get(0, []), field, ".2f") for field in ("first_batch_s", "rss_growth_mb")]
-        rows.append(
-            f"{name:22}{cells[0]:>26}{cells[1]:>8}{cells[2]:>26}{cells[3]:>4}{cells[4]:>8}{cells[5]:>15}{cells[6]:>10}"
-        )
-    rows.append("In brackets the lowest and the highest of the rounds. CPU ms: a batch, with all workers.")
-    for ours in OURS:
-        for other in (name for name in found if name not in OURS and ours in found):
-            zero = ratio(found[ours].get(0, []), found[other].get(0, []))
-            many = ratio(found[ours].get(best_of(found[ours]), []), found[other].get(best_of(found[other]), []))
-            wanted = f"; wanted: {TARGET} of the best of {', '.join(LIBRARIES)}" if other in LIBRARIES else ""
-            rows.append(f"{ours} of {other}: {zero} at 0 workers, {many} with workers{wanted}")
-    return "\n".join(rows)
-
-
-def best_of(of_workers: dict[int, list[Result]]) -> int:
-    """The number of workers above 0 with the highest median."""
-    rates = {n: statistics.median(r.tokens_per_s for r in found) for n, found in of_workers.items() if n and found}
-    return max(rates, key=lambda n: rates[n]) if rates else 0
-
-
-def ratio(ours: list[Result], others: list[Result]) -> str:
-    """Median, lowest and highest over the rounds of our speed over theirs."""
-    ratios = [mine.tokens_per_s / other.tokens_per_s for mine, other in zip(ours, others, strict=False)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
-
-
-def restart_table(found: dict[str, dict[int, list[float]]]) -> str:
-    rows = [f"{'contender':22}{'step 0':>24}{f'step {RESTART_STEP:,}':>24}"]
-    for name, of_steps in found.items():
-        cells = [f"{statistics.median(s):.2f} ({min(s):.2f} to {max(s):.2f})" for s in of_steps.values()]
-        rows.append(f"{name:22}{cells[0]:>24}{cells[1]:>24}")
-    rows.append("webdataset reads everything before it again; random windows of a memory map are never found again.")
-    return "\n".join(rows)
-
-
-def tokenise_table(found: list[dict[str, float]]) -> str:
-    rows = ["tokenising in one process, M tokens/s"]
-    for name in found[0]:
-        rates = [each[name] / 1e6 for each in found]
-        share = statistics.median(each[name] / each["sentencepiece"] for each in found)
-        rows.append(f"{name:22}{statistics.median(rates):>8.2f} ({min(rates):.2f} to {max(rates):.2f})  {share:.2f}")
-    return "\n".join(rows)
-
-
-def _rates(found: list[Result]) -> str:
-    rates = [result.tokens_per_s / 1e6 for result in found]
-    return f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})" if rates else "-"
-
-
-def _median(found: list[Result], field: str, form: str) -> str:
-    return format(statistics.median(getattr(result, field) for result in found), form) if found else "-"
-
-
 def _take(batches: Iterator[Any], seconds: float) -> tuple[int, float]:
     """(batches, seconds) taken in about so many seconds."""
     began, count = time.perf_counter(), 0
@@ -293,8 +228,16 @@ def _rate(counts: Iterator[int], seconds: float) -> float:
     raise ValueError("it ended before the time did")
 
 
-def _cpu_s(processes: list[Any]) -> float:
-    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+def _cpu_s() -> float:
+    """Of this process and its workers, those that have ended and those that have not."""
+    import psutil
+
+    myself = psutil.Process()
+    total = sum(myself.cpu_times()[:4])
+    for worker in myself.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(worker.cpu_times()[:4])
+    return total
 
 
 def _anonymous_bytes() -> int:

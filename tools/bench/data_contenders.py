@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from data_formats import SEQUENCE_LENGTH, SIDES, import_streaming
+from data_tables import OURS
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -38,6 +39,11 @@ class Reading:
     """Steps that a run before this one took."""
     num_samples: int = 400_000
     """For megatron-core, which wants to know it first: sequences that the run reads at most."""
+
+    @property
+    def workers(self) -> dict[str, Any]:
+        """What a DataLoader takes. Workers live on: epochs are short here."""
+        return {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -106,7 +112,7 @@ def webdataset(reading: Reading) -> Iterator[Batch]:
     parts = [pipeline(side) for side in reading.sides]
     mixed = wds.RandomMix(parts, list(WEIGHTS)) if reading.mixture else parts[0]  # pyright: ignore[reportAttributeAccessIssue]
     rows = wds.DataPipeline(mixed, _end_to_end, wds.batched(BATCH_SIZE, collation_fn=torch.stack))  # pyright: ignore[reportAttributeAccessIssue]
-    loader = wds.WebLoader(rows, batch_size=None, num_workers=reading.num_workers)  # pyright: ignore[reportAttributeAccessIssue]
+    loader = wds.WebLoader(rows, batch_size=None, **reading.workers)  # pyright: ignore[reportAttributeAccessIssue]
     return map(shifted, iter(loader))
 
 
@@ -135,9 +141,7 @@ def streaming(reading: Reading) -> Iterator[Batch]:
             "streams": [base.Stream(local=folder, proportion=w) for folder, w in zip(folders, WEIGHTS, strict=True)]
         }
     dataset = base.StreamingDataset(**which, shuffle=True, shuffle_seed=SEED, batch_size=BATCH_SIZE)
-    loader = DataLoader(
-        dataset, batch_size=BATCH_SIZE, num_workers=reading.num_workers, collate_fn=_stacked_arrays, drop_last=True
-    )
+    loader = DataLoader(dataset, batch_size=BATCH_SIZE, **reading.workers, collate_fn=_stacked_arrays, drop_last=True)
     if reading.first_step:
         state = {"epoch": 0, "sample_in_epoch": reading.first_step * BATCH_SIZE, "shuffle_seed": SEED}
         dataset.load_state_dict(state | {"num_canonical_nodes": 1, "initial_physical_nodes": 1})
@@ -167,11 +171,14 @@ def litdata(reading: Reading) -> Iterator[Batch]:
     if reading.mixture:
         whole = lit.CombinedStreamingDataset(parts, seed=SEED, weights=list(WEIGHTS), iterate_over_all=False)
     loader = lit.StreamingDataLoader(
-        whole, batch_size=BATCH_SIZE, num_workers=reading.num_workers, collate_fn=_stacked_tensors, drop_last=True
+        whole, batch_size=BATCH_SIZE, **reading.workers, collate_fn=_stacked_tensors, drop_last=True
     )
     if reading.first_step:
-        state = parts[0].state_dict(reading.first_step * BATCH_SIZE, num_workers=1, batch_size=BATCH_SIZE)
-        parts[0].load_state_dict(state)
+        taken = reading.first_step * BATCH_SIZE
+        state = loader.state_dict()
+        state |= {"current_epoch": 1, "num_samples_yielded": taken}
+        state["dataset"] |= {"current_epoch": 1, "num_samples_yielded": taken, "sample_in_epoch": taken}
+        loader.load_state_dict(state)
     return itertools.chain.from_iterable(loader for _ in itertools.count())
 
 
@@ -209,7 +216,7 @@ def megatron(reading: Reading, documents: bool) -> Iterator[Batch]:
 
 
 def _loaded(dataset: Any, reading: Reading, **settings: Any) -> Iterator[Any]:
-    return iter(DataLoader(dataset, num_workers=reading.num_workers, **settings))
+    return iter(DataLoader(dataset, **reading.workers, **settings))
 
 
 CONTENDERS: dict[str, Callable[[Reading], Iterator[Batch]]] = {
@@ -222,7 +229,5 @@ CONTENDERS: dict[str, Callable[[Reading], Iterator[Batch]]] = {
     "megatron, documents": lambda reading: megatron(reading, documents=True),
     "memmap": memmap,
 }
-OURS = ("ours, concat", "ours, best_fit")
-LIBRARIES = ("webdataset", "streaming", "litdata")
 RESUMES = (*OURS, "streaming", "litdata", "megatron")
 """Those that find a later step again. The others read from the start up to it, or never know where they were."""

@@ -160,7 +160,8 @@ def _renamed(shard: dict[str, Any], prefix: str) -> dict[str, Any]:
 def _large_megatron(source: Path, out: Path, times: int) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset, _IndexWriter
 
-    lengths = np.tile(np.asarray(IndexedDataset(str(source)).sequence_lengths), times)
+    dataset = IndexedDataset(str(source))  # a name: its arrays are views of maps that it closes when it goes
+    lengths = np.tile(dataset.sequence_lengths, times)
     out.mkdir(exist_ok=True)
     with (out / "train.bin").open("wb") as file:
         file.truncate(2 * int(lengths.sum(dtype=np.int64)))
