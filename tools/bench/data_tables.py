@@ -33,7 +33,7 @@ def table(found: dict[str, dict[int, list[Result]]]) -> str:
     for name, of_workers in found.items():
         best = best_of(of_workers)
         cells = [_rates(of_workers.get(0, [])), _median(of_workers.get(0, []), "cpu_ms", ".3f")]
-        cells += [_rates(of_workers.get(best, [])), str(best), _median(of_workers.get(best, []), "cpu_ms", ".3f")]
+        cells += [_rates(of_workers.get(best, [])), str(best) if best > 0 else "-", _median(of_workers.get(best, []), "cpu_ms", ".3f")]
         cells += [_median(of_workers.get(0, []), field, ".2f") for field in ("first_batch_s", "rss_growth_mb")]
         rows.append(
             f"{name:22}{cells[0]:>26}{cells[1]:>8}{cells[2]:>26}{cells[3]:>4}{cells[4]:>8}{cells[5]:>15}{cells[6]:>10}"
@@ -48,9 +48,9 @@ def table(found: dict[str, dict[int, list[Result]]]) -> str:
 
 
 def best_of(of_workers: dict[int, list[Result]]) -> int:
-    """The number of workers above 0 with the highest median."""
+    """The number of workers above 0 with the highest median; -1 where there is none."""
     rates = {n: statistics.median(r.tokens_per_s for r in found) for n, found in of_workers.items() if n and found}
-    return max(rates, key=lambda n: rates[n]) if rates else 0
+    return max(rates, key=lambda n: rates[n]) if rates else -1
 
 
 def ratios(found: dict[str, dict[int, list[Result]]], ours: str, others: list[str]) -> str:
