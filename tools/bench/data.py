@@ -1,6 +1,6 @@
 """Speed of reading training batches, against what a user would pick instead.
 
-    make bench-data                                    all of it; 15 minutes on 2 cores
+    make bench-data                                    all of it; 20 minutes on 2 cores
     python tools/bench/data.py                         the same, once .venv/bench is there (data-requirements.txt)
     python tools/bench/data.py --only restart          seconds to the first batch, at the start and at step 100,000
     python tools/bench/data.py --text 'web/*.jsonl'    on your text, not on Python's standard library
@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", help="text to build from, as tools/shards.py takes it (Python's standard library)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="measured, in each process")
-    parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[0, 2])
     parser.add_argument("--only", type=lambda text: text.split(","), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--contenders", type=lambda text: text.split(";"), help="some of them, with ; between")
     parser.add_argument("--mixture", action="store_true", help="contender: of two sources")

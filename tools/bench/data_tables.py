@@ -33,7 +33,8 @@ def table(found: dict[str, dict[int, list[Result]]]) -> str:
     for name, of_workers in found.items():
         best = best_of(of_workers)
         cells = [_rates(of_workers.get(0, [])), _median(of_workers.get(0, []), "cpu_ms", ".3f")]
-        cells += [_rates(of_workers.get(best, [])), str(best) if best > 0 else "-", _median(of_workers.get(best, []), "cpu_ms", ".3f")]
+        cells += [_rates(of_workers.get(best, [])), str(best) if best > 0 else "-"]
+        cells += [_median(of_workers.get(best, []), "cpu_ms", ".3f")]
         cells += [_median(of_workers.get(0, []), field, ".2f") for field in ("first_batch_s", "rss_growth_mb")]
         rows.append(
             f"{name:22}{cells[0]:>26}{cells[1]:>8}{cells[2]:>26}{cells[3]:>4}{cells[4]:>8}{cells[5]:>15}{cells[6]:>10}"
@@ -43,7 +44,8 @@ def table(found: dict[str, dict[int, list[Result]]]) -> str:
         others = [name for name in found if name not in OURS]
         rows += [f"{ours} of {other}: {ratios(found, ours, [other])}" for other in others]
         libraries = [name for name in LIBRARIES if name in found]
-        rows.append(f"{ours} of the best of the libraries: {ratios(found, ours, libraries)}; wanted: {TARGET}")
+        if libraries:
+            rows.append(f"{ours} of the best of the libraries: {ratios(found, ours, libraries)}; wanted: {TARGET}")
     return "\n".join(rows)
 
 
