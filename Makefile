@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke test test-fast certify lint bench clean
+.PHONY: help install smoke test test-fast certify lint bench bench-data clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -43,6 +43,15 @@ lint: install  ## ruff, pyright, import-linter
 
 bench: install  ## speed of a training step against plain PyTorch and Transformers
 	$(BIN)/python tools/bench/step.py
+
+bench-data: install .venv/bench/.installed  ## speed of reading data against webdataset, streaming, litdata, megatron-core
+	$(BIN)/python tools/bench/data.py
+
+# Beside the packages of .venv and behind them: none of those changes.
+.venv/bench/.installed: tools/bench/data-requirements.txt
+	rm -rf .venv/bench
+	$(BIN)/pip install --quiet --no-deps --target .venv/bench -r $<
+	@touch $@
 
 clean:  ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -25,6 +25,7 @@ from bigtrain.data.lanes import Census
 from bigtrain.data.order import Order, Window
 
 FOLDER = "ledger"
+_DIGESTED = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def digest(windows: Iterable[Window]) -> str:
     """Of the tokens of these windows, padding included: 64 bits, hexadecimal (xxh3)."""
     state = xxhash.xxh3_64()
     for window in windows:
-        state.update(window.tokens.astype("<i8", copy=False).data)
+        state.update(window.tokens.astype(_DIGESTED, copy=False).data)
     return state.hexdigest()
 
 

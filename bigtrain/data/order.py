@@ -276,21 +276,22 @@ def cut(
 
     `apart`: each piece begins anew, also where it is the rest of a document. Pieces of bad documents are 0, and each
     place of them a beginning, so that none is a target. Raises UserError where `faults` allow no more (None: any)."""
-    tokens = np.zeros(sequence_length + 1, np.int64)
+    tokens = np.empty(sequence_length + 1, np.int64)
     starts = np.zeros(sequence_length + 1, np.bool_)
     filled = 0
     for piece in pieces:
-        stop, dataset = piece.start + piece.count, datasets[piece.source]
+        end, dataset = filled + piece.count, datasets[piece.source]
         try:
-            tokens[filled : filled + piece.count] = dataset.tokens(piece.document, piece.start, stop)
+            tokens[filled:end] = dataset.tokens(piece.document, piece.start, piece.start + piece.count)
             starts[filled] = apart or piece.start == 0
         except BadDocument as bad:
             if faults is None:
                 raise
             faults.skip(piece.source, piece.document, bad, dataset.name, lambda dataset=dataset: dataset.size_bytes)
-            starts[filled : filled + piece.count] = True
-        filled += piece.count
+            tokens[filled:end], starts[filled:end] = 0, True
+        filled = end
     if filled <= sequence_length:
+        tokens[filled:] = 0
         starts[filled] = True
     return Window(tokens, starts, filled, tuple(pieces))
 

@@ -22,7 +22,7 @@ import numpy as np
 from bigtrain.data.lanes import Census, Piece, draw_order
 from bigtrain.data.shards import Dataset
 
-_GROUP_BINS = 1000
+_GROUP_BINS = 1 << 14
 """Shards are packed together until they fill so many bins: the one that stays partly empty is then no matter."""
 
 
