@@ -63,10 +63,9 @@ def ours(reading: Reading, pack: str) -> Iterator[Batch]:
     from bigtrain.data.shards import Dataset
 
     weights = WEIGHTS if reading.mixture else (1.0,)
-    sources = [
-        Source(Dataset.open(reading.folder / side), weight) for side, weight in zip(reading.sides, weights, strict=True)
-    ]
-    lanes = min(DataConfig().num_lanes, *(len(source.dataset) for source in sources)) if reading.mixture else 64
+    datasets = [Dataset.open(reading.folder / side) for side in reading.sides]
+    sources = [Source(dataset, weight) for dataset, weight in zip(datasets, weights, strict=True)]
+    lanes = min(DataConfig().num_lanes, *map(len, datasets)) if reading.mixture else 64
     order = Order(sources, seed=SEED, num_lanes=lanes, sequence_length=SEQUENCE_LENGTH, pack=pack)
     steps = batches(
         order,
