@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(configs.to_yaml(config).rstrip())
             return 0
         if arguments.for_hydra:
-            return _ask_hydra(argv)
+            return _ask_hydra(argv, arguments.overrides)
         return launch(machine.resolve(config, cwd=Path.cwd()), arguments, began=began)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -158,14 +158,18 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. `python -m bigtrain.launch --help` shows what there is.")
 
 
-def _ask_hydra(argv: Sequence[str]) -> int:
+def _ask_hydra(argv: Sequence[str], overrides: Sequence[str]) -> int:
     """Let Hydra answer its own flags; the config has been composed once, so it finds nothing wrong."""
     import hydra
+
+    flags = list(argv)
+    for override in overrides:  # Hydra wants them together, behind its flags
+        flags.remove(override)
 
     def nothing(_: object) -> None:
         return None
 
-    before, sys.argv[1:] = sys.argv[1:], [as_hydra_takes(argument) for argument in argv]
+    before, sys.argv[1:] = sys.argv[1:], [*flags, *map(as_hydra_takes, overrides)]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(nothing)()
     finally:

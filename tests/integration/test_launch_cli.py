@@ -62,7 +62,8 @@ def test_help_teaches(tmp_path: Path) -> None:
 
 
 def test_cfg_shows_the_config(tmp_path: Path) -> None:
-    done = launch(tmp_path, "model=gpt_1b", "--cfg", "job")
+    done = launch(tmp_path, "model=gpt_1b", "--cfg", "job", "train.num_steps=7")
+    assert "num_steps: 7" in done.stdout, "settings may stand on both sides of a flag"
     assert done.returncode == 0
     assert "name: gpt_1b" in done.stdout and "num_lanes: 64" in done.stdout
     resolved = launch(tmp_path, "--cfg", "job", "--resolve", "train.num_steps=1e3")
