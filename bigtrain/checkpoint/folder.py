@@ -18,7 +18,7 @@ from bigtrain.config.errors import UserError
 
 COMMITTED = "COMMITTED"
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
 
 

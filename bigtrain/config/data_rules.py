@@ -60,20 +60,18 @@ def _train(sources: list[SourceConfig]) -> Iterator[Problem]:
     for tokens in epochs.changes(sources) if sound else ():
         if not any(epochs.weight_at(source, tokens) for source in sources):
             message = f"no source has a weight above 0 from token {tokens:,} on"
-            yield Problem("data.train", [source.path for source in sources], message, "Give one of them a weight there")
+            places = [locations.shown(source.path) for source in sources]
+            yield Problem("data.train", places, message, "Give one of them a weight there")
             return
 
 
 def _weights(key: str, source: SourceConfig) -> Iterator[Problem]:
-    """A source may have weight 0 for a while, not for ever."""
+    """A source may have weight 0: until a later one begins, or for ever, so that what it gave before can be looked up."""
     named = [(f"{key}.weight", source.weight)]
     named += [(f"{key}.then.{place}.weight", change.weight) for place, change in enumerate(source.then)]
     for name, weight in named:
         if not (math.isfinite(weight) and weight >= 0):
             yield Problem(name, weight, "must be a finite number, 0 or more", "Set it to the share that it is to have")
-    if all(weight == 0 for _, weight in named):
-        fix = "Leave the source out, or give it a weight from later on: then: [{from_tokens: N, weight: W}]"
-        yield Problem(f"{key}.weight", source.weight, "the source never has a weight above 0", fix)
     begins = [change.from_tokens for change in source.then]
     for place, tokens in enumerate(begins):
         name = f"{key}.then.{place}.from_tokens"
@@ -104,10 +102,11 @@ def _raw_text(data: DataConfig) -> Iterator[Problem]:
     for index, source in enumerate(data.valid):
         if source.path.endswith(".tar"):
             message = "is raw text, and an evaluation needs tokenised shards"
-            yield Problem(f"data.valid.{index}.path", source.path, message, "Build them: tools/shards.py build")
+            place = locations.shown(source.path)
+            yield Problem(f"data.valid.{index}.path", place, message, "Build them: tools/shards.py build")
     text = next((source.path for source in data.train if source.path.endswith(".tar")), None)
     if text and data.pack == "best_fit":
-        message = f"needs the sizes of all documents, and {text} is raw text"
+        message = f"needs the sizes of all documents, and {locations.shown(text)} is raw text"
         yield Problem("data.pack", data.pack, message, "Set data.pack=concat, or build shards of the text")
 
 

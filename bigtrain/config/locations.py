@@ -103,6 +103,11 @@ def is_remote(text: str) -> bool:
     return text.startswith(_PIPE) or (bool(match := _SCHEME.match(text)) and match[1].lower() != "file")
 
 
+def local(text: str) -> str:
+    """The path on a disk that `text` names: of file:// the path alone. It names no other place."""
+    return parse(text).text if _SCHEME.match(text) else text
+
+
 def literal_secret(text: str) -> str | None:
     """What in `text` looks like a secret and is written out, in words; None: nothing."""
     for url in _urls(text):

@@ -211,7 +211,10 @@ class Order:
         """What is in global sequence `number`."""
         name, lane, row = self.mixture.locate(number)
         if name not in self._names:
-            raise UserError(f"sequence {number:,} came from data {name}, which data.train does not name any more")
+            raise UserError(
+                f"sequence {number:,} came from data {name}, which data.train does not name any more. Name its folder "
+                "again, with weight: 0, to look at what it gave."
+            )
         return self._sequences[self._names.index(name)].pieces(lane, row)
 
     def sequence(self, number: int) -> Window:

@@ -52,9 +52,10 @@ def is_text(path: str) -> bool:
     """Whether a source of data.train is tars of text, and no folder of tokenised shards."""
     if locations.split_file(path)[1].endswith((ENDING, *_PACKED)):
         return True
-    if locations.is_remote(path) or (Path(path) / INDEX).exists():
+    if locations.is_remote(path):
         return False
-    return next(_tars_in(Path(path)), None) is not None
+    folder = Path(locations.local(path))
+    return not (folder / INDEX).exists() and next(_tars_in(folder), None) is not None
 
 
 class TextTars:
@@ -228,7 +229,7 @@ def _expand(path: str, places: Places) -> tuple[Folder, list[str]]:
             return places.open(folder), [locations.check_file(file) for file in _braces(pattern, shown)]
         except ValueError as error:
             raise UserError(f"data {shown}: {error}. Name many files with {{000..127}}.") from None
-    local = Path(locations.parse(path).text)
+    local = Path(locations.local(path))
     found = sorted(_tars_in(local)) if local.is_dir() else sorted({*_globs(str(local), shown)})
     if not found:
         raise UserError(f"data {shown}: no such tar, or none in the folder.")

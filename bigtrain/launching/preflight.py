@@ -135,7 +135,7 @@ def _inputs(config: Config) -> Iterator[Problem]:
     """Before data.prepare runs: its inputs, and whatever it will not make."""
     out = Path(config.data.prepare.out)
     for key, path in _shards(config):
-        if not Path(path).is_relative_to(out):
+        if not Path(path).is_relative_to(out) and not _names_tars(path):
             yield from _missing(key, path)
     if config.tokenizer.kind == "file":
         yield from _missing_tokenizer(config)
@@ -177,7 +177,7 @@ def _shards(config: Config) -> Iterator[tuple[str, str]]:
     for split, sources in (("train", config.data.train), ("valid", config.data.valid)):
         for number, source in enumerate(sources):
             if not locations.is_remote(source.path):
-                yield f"data.{split}.{number}.path", source.path
+                yield f"data.{split}.{number}.path", locations.local(source.path)
 
 
 def _names_tars(path: str) -> bool:

@@ -49,8 +49,10 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         with console.phase(f"loading {resume}"):
             position = Position(*saver.load(engine, resume))
             accept = config.data.on_change == "accept"
+            consumed = position.cursor.num_sequences
             if data.order.go_on_from(position.cursor, accept_change=accept):
-                console.note(f"data.train: another mixture from sequence {position.cursor.num_sequences:,} on")
+                console.note(f"data.train: another mixture from sequence {consumed:,} on")
+            position = Position(position.step, data.order.cursor(consumed))
     if config.parallel.zero_stage == 3:
         console.note(f"weights are gathered once a {'step' if engine.keeps_gathered else 'microbatch'}")
     console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")

@@ -97,12 +97,9 @@ def test_a_sound_config_has_no_problem() -> None:
         ({"data__train": [SourceConfig("t", set="a")]}, "data.train.0.set", "not in evaluation sets"),
         ({"data__train": [SourceConfig("t", -1.0)]}, "data.train.0.weight", "0 or more"),
         ({"data__train": [SourceConfig("t", float("nan"))]}, "data.train.0.weight", "finite"),
-        ({"data__train": [SourceConfig("t"), SourceConfig("u", 0.0)]}, "data.train.1.weight", "never has a weight"),
-        (
-            {"data__train": [SourceConfig("t"), SourceConfig("u", 0.0, [WeightConfig(9, 0.0)])]},
-            "data.train.1.weight",
-            "never has a weight",
-        ),
+        ({"data__train": [SourceConfig("t", 0.0)]}, "data.train", "no source has a weight above 0"),
+        ({"data__train": [SourceConfig("https://u:secret@h/x", 0.0)]}, "data.train", "https://***@h/x"),
+        ({"data__valid": [SourceConfig("https://u:secret@h/x.tar")]}, "data.valid.0.path", "https://***@h/x.tar"),
         (
             {"data__train": [SourceConfig("t", 1.0, [WeightConfig(9, -2.0)])]},
             "data.train.0.then.0.weight",

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -225,9 +223,13 @@ def test_a_launch_waits_for_another_that_builds(config: Config, monkeypatch: pyt
     assert [line.split()[0] for line in said] == ["trained", "waiting:", "built", "built", "built"]
 
 
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_launch_goes_on_with_a_build_that_was_stopped(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "write_index", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(writing, "write_index", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     said = run(config)
