@@ -76,6 +76,8 @@ class Mixture:
         ]
         self._consumed: list[list[dict[str, int]]] = [[{} for _ in range(num_lanes)]]
         """Of each stage and lane: rows of each source that the stages before it took."""
+        self._before: list[list[list[int]]] = [[] for _ in stages]
+        """Of each stage, lane and source of the stage: those, less the places of the pattern before the lane's first."""
         for first in firsts[1:]:
             self._consumed.append([self._after(len(self._consumed) - 1, lane, first) for lane in range(num_lanes)])
 
@@ -83,13 +85,9 @@ class Mixture:
         """(source, lane, which of the source's own rows in this lane) of global sequence `number`."""
         stage = bisect.bisect_right(self._firsts, number) - 1
         row, lane = divmod(number, self.num_lanes)
-        pattern, names = self._patterns[stage], self._names[stage]
-        if len(names) == 1:
-            own, name = row - self._first_row(stage, lane), names[0]
-        else:
-            source, place = pattern.locate(row - self._first_row(stage, lane) + lane)
-            own, name = place - pattern.counts(lane)[source], names[source]
-        return name, lane, own + self._consumed[stage][lane].get(name, 0)
+        source, place = self._patterns[stage].locate(row - self._first_row(stage, lane) + lane)
+        before = self._before[stage] or self._counted(stage)
+        return self._names[stage][source], lane, place + before[lane][source]
 
     def consumed(self, number: int) -> dict[str, list[int]]:
         """Own rows of each source in each lane among the global sequences before `number`."""
@@ -125,6 +123,15 @@ class Mixture:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mixture) and self.stages == other.stages
+
+    def _counted(self, stage: int) -> list[list[int]]:
+        """`_before` of a stage, at its first use."""
+        names, pattern = self._names[stage], self._patterns[stage]
+        self._before[stage] = [
+            [taken.get(name, 0) - skipped for name, skipped in zip(names, pattern.counts(lane), strict=True)]
+            for lane, taken in enumerate(self._consumed[stage])
+        ]
+        return self._before[stage]
 
     def _first_row(self, stage: int, lane: int) -> int:
         """Of the lane in the stage."""
