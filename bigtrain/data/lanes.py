@@ -11,6 +11,7 @@ documents and a binary search.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import threading
 from bisect import bisect_right
@@ -125,9 +126,13 @@ def draw_order(groups: np.ndarray, seeds: tuple[int, ...], group_seeds: tuple[in
     """A random order of things, those of one group (a number from 0 on for each thing) together; `group_seeds` draw the
     order of the groups. Raw draws, because numpy promises to keep those of a bit generator for ever, and not what
     `permutation` makes of them."""
-    drawn = draws(len(groups), seeds)
-    place_of_group = np.argsort(np.argsort(draws(int(groups.max(initial=0)) + 1, group_seeds), kind="stable"))
-    return np.lexsort((drawn, place_of_group[groups]))
+    place_of_group = _places(int(groups.max(initial=0)) + 1, group_seeds)
+    return np.lexsort((draws(len(groups), seeds), place_of_group[groups]))
+
+
+@functools.lru_cache(maxsize=4)  # all lanes of an epoch want the same
+def _places(count: int, seeds: tuple[int, ...]) -> np.ndarray:
+    return np.argsort(np.argsort(draws(count, seeds), kind="stable"))
 
 
 def draws(count: int, seeds: tuple[int, ...]) -> np.ndarray:

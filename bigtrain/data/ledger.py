@@ -83,7 +83,7 @@ def digest(tokens: Iterable[np.ndarray]) -> str:
     """Of these tokens, one array behind the other, padding included: 64 bits, hexadecimal (xxh3)."""
     state = xxhash.xxh3_64()
     for part in tokens:
-        state.update(part.astype(_DIGESTED, copy=False).data)
+        state.update(part if part.dtype == _DIGESTED else part.astype(_DIGESTED))
     return state.hexdigest()
 
 
@@ -129,7 +129,9 @@ def audit(order: Order, entries: Sequence[Entry], *, advance: Any = None) -> Aud
     seen: dict[str, int] = {}
     for entry in entries:
         windows = [order.sequence(number) for number in entry.sequences]
-        if (really := digest(window.tokens for window in windows)) != entry.digest and not any("was fed" in each for each in found.problems):
+        if (really := digest(window.tokens for window in windows)) != entry.digest and not any(
+            "was fed" in each for each in found.problems
+        ):
             repeats = f": it is what step {seen[entry.digest]} was fed" if entry.digest in seen else ""
             found.problems.append(
                 f"step {entry.step}, data rank {entry.data_rank}: what it was fed is not what the order says of "

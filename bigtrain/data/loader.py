@@ -9,8 +9,6 @@ Shapes: B sequences a microbatch, S tokens a sequence.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -18,47 +16,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from bigtrain.config.errors import UserError
 from bigtrain.data.faults import Skipped
 from bigtrain.data.held_out import HeldOut
 from bigtrain.data.ledger import digest
+from bigtrain.data.microbatch import Microbatch
 from bigtrain.data.order import Cursor, Order
 from bigtrain.data.read_ahead import with_read_ahead
 from bigtrain.data.rows import Rows
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """What one forward pass eats, on the CPU. All are [B, S] but the boundaries."""
-
-    tokens_BS: torch.Tensor
-    """int64"""
-    targets_BS: torch.Tensor
-    """int64: the token after each."""
-    loss_mask_BS: torch.Tensor
-    """bool: False where the target is the first token of another document, or padding."""
-    positions_BS: torch.Tensor
-    """int64: 0 at the beginning of each document and of each row, counting on."""
-    boundaries: torch.Tensor
-    """int32 [documents + 1]: where each document begins in the batch flattened to [B * S], and at the end B * S. Each row
-    begins one, and so does padding. (What flash attention calls ``cu_seqlens``.)"""
-
-    @property
-    def single_document(self) -> bool:
-        """Every row is part of one document: causal attention needs no other mask."""
-        return len(self.boundaries) == len(self.tokens_BS) + 1
-
-    @property
-    def documents_BS(self) -> torch.Tensor:
-        """int32: 0, 1, ... along each row; tokens of the same document have the same number."""
-        begins = self.boundaries[:-1].long()
-        numbers_N = torch.zeros(self.tokens_BS.numel(), dtype=torch.int32)
-        numbers_N[begins] = 1
-        counted_BS = numbers_N.cumsum(0, dtype=torch.int32).view(self.tokens_BS.shape)
-        return counted_BS - counted_BS[:, :1]
 
 
 @dataclass(frozen=True)
@@ -179,42 +146,13 @@ def _waited(batch: StepBatch, began: float) -> StepBatch:
 
 def cut(rows: Rows, micro_batch_size: int) -> tuple[Microbatch, ...]:
     """Rows -> microbatches of so many."""
-    num_rows = len(rows.tokens_BT)
-    if num_rows == micro_batch_size:
-        return (microbatch(rows),)
-    return tuple(microbatch(rows.part(at, at + micro_batch_size)) for at in range(0, num_rows, micro_batch_size))
-
-
-def microbatch(rows: Rows) -> Microbatch:
-    """Inputs, targets, and what follows from the few places where documents begin."""
-    num_rows, length = rows.tokens_BT.shape[0], rows.tokens_BT.shape[1] - 1
-    size = num_rows * length
-    loss_mask_N = np.ones(size, np.bool_)  # N = B S
-    not_predicted: list[int] = []
-    bounds: list[int] = []
-    for row, starts, num_tokens in zip(range(0, size, length), rows.starts_B, rows.num_tokens_B, strict=True):
-        bounds.append(row)
-        for start in starts:
-            if start:
-                not_predicted.append(row + start - 1)
-                if start < length:
-                    bounds.append(row + start)
-        if num_tokens <= length:
-            loss_mask_N[row + max(num_tokens - 1, 0) : row + length] = False
-    loss_mask_N[not_predicted] = False
-    bounds.append(size)
-    counting = _counting(length)
-    positions_N = np.concatenate([counting[: end - begin] for begin, end in itertools.pairwise(bounds)])
-    return Microbatch(
-        tokens_BS=torch.from_numpy(rows.tokens_BT[:, :-1]),
-        targets_BS=torch.from_numpy(rows.tokens_BT[:, 1:]),
-        loss_mask_BS=torch.from_numpy(loss_mask_N.reshape(num_rows, length)),
-        positions_BS=torch.from_numpy(positions_N.reshape(num_rows, length)),
-        boundaries=torch.from_numpy(np.array(bounds, np.int32)),
+    tokens_BT = torch.from_numpy(rows.tokens_BT)
+    return tuple(
+        Microbatch(
+            tokens_BS=tokens_BT[first : first + micro_batch_size, :-1],
+            targets_BS=tokens_BT[first : first + micro_batch_size, 1:],
+            starts_B=rows.starts_B[first : first + micro_batch_size],
+            num_tokens_B=rows.num_tokens_B[first : first + micro_batch_size],
+        )
+        for first in range(0, len(rows.starts_B), micro_batch_size)
     )
-
-
-@functools.cache
-def _counting(size: int) -> np.ndarray:
-    """0, 1, ..."""
-    return np.arange(size)

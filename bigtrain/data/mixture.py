@@ -77,7 +77,7 @@ class Mixture:
         self._consumed: list[list[dict[str, int]]] = [[{} for _ in range(num_lanes)]]
         """Of each stage and lane: rows of each source that the stages before it took."""
         self._before: list[list[list[int]]] = [[] for _ in stages]
-        """Of each stage, lane and source of the stage: those, less the places of the pattern before the lane's first."""
+        """Of each stage, lane and source of the stage: those, less the pattern's places before the lane's first."""
         for first in firsts[1:]:
             self._consumed.append([self._after(len(self._consumed) - 1, lane, first) for lane in range(num_lanes)])
 

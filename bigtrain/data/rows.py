@@ -30,10 +30,6 @@ class Rows:
     num_tokens_B: list[int]
     """Of each row: tokens that are data; behind them is padding."""
 
-    def part(self, first: int, stop: int) -> Rows:
-        """Rows [first, stop)."""
-        return Rows(self.tokens_BT[first:stop], self.starts_B[first:stop], self.num_tokens_B[first:stop])
-
 
 @dataclass(frozen=True)
 class Window:

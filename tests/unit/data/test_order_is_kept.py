@@ -1,5 +1,5 @@
-"""The order of the tokens, and what is said of them, to the last bit: a run of an older version can be gone on with, and
-its ledger audited. The hashes below were taken before reading was made fast; whoever changes one breaks such runs."""
+"""The order of the tokens, and what is said of them, to the last bit: a run of an older version can be gone on with,
+and its ledger audited. The hashes were taken before reading was made fast; whoever changes one breaks such runs."""
 
 from __future__ import annotations
 
