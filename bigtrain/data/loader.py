@@ -146,13 +146,12 @@ def _waited(batch: StepBatch, began: float) -> StepBatch:
 
 def cut(rows: Rows, micro_batch_size: int) -> tuple[Microbatch, ...]:
     """Rows -> microbatches of so many."""
-    tokens_BT = torch.from_numpy(rows.tokens_BT)
-    return tuple(
-        Microbatch(
-            tokens_BS=tokens_BT[first : first + micro_batch_size, :-1],
-            targets_BS=tokens_BT[first : first + micro_batch_size, 1:],
-            starts_B=rows.starts_B[first : first + micro_batch_size],
-            num_tokens_B=rows.num_tokens_B[first : first + micro_batch_size],
+
+    def part(of: slice) -> Microbatch:
+        tokens_BS, targets_BS = rows.tokens_BT[of, :-1], rows.tokens_BT[of, 1:]
+        return Microbatch(
+            torch.from_numpy(tokens_BS), torch.from_numpy(targets_BS), rows.starts_B[of], rows.num_tokens_B[of]
         )
-        for first in range(0, len(rows.starts_B), micro_batch_size)
-    )
+
+    firsts = range(0, len(rows.starts_B), micro_batch_size)
+    return tuple([part(slice(first, first + micro_batch_size)) for first in firsts])

@@ -45,8 +45,7 @@ class Dataset:
         with ThreadPoolExecutor(_FETCHES_AT_A_TIME) as pool:  # no thread is started for nothing
             load = pool.map if folder.is_remote else map
             self._documents = list(load(self._load_documents, index.shards))
-        self._tokens_at = [documents["tokens_at"] for documents in self._documents]
-        self._num_tokens = [documents["num_tokens"] for documents in self._documents]
+        self._places = [(documents["tokens_at"], documents["num_tokens"]) for documents in self._documents]
 
     @staticmethod
     def open(path: str | os.PathLike[str], *, places: Places | None = None, check_sizes: bool = True) -> Dataset:
@@ -125,13 +124,17 @@ class Dataset:
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document, as a read-only view of the file (uint16 or uint32). Raises BadDocument
         where they are not those of the index, and UserError where its shard is to be fetched and cannot be."""
-        shard = bisect_right(self._starts, document) - 1
+        shard = bisect_right(self._starts, document) - 1  # shard_of: this is called for every piece of every batch
+        if shard < 0:
+            raise IndexError(f"document {document} in {self.name}")
         place = document - self._starts[shard]
-        count = self._num_tokens[shard].item(place)
-        stop = count if stop is None else min(stop, count)
+        tokens_at, num_tokens = self._places[shard]
+        count = num_tokens.item(place)
+        if stop is None or stop > count:
+            stop = count
         if not self._is_checked[shard][place]:
             self._check(shard, place, document)
-        at, width, tar = self._tokens_at[shard].item(place), self._width, self._tars[shard]
+        at, width, tar = tokens_at.item(place), self._width, self._tars[shard]
         if tar is None:
             tar = self.tar(shard)
         return tar[at + start * width : at + max(start, stop) * width].view(self._dtype)
