@@ -9,8 +9,9 @@ All contenders read the same tokens, written before in the format of each (data_
 and make batches of 8 x 2048 int64 inputs and targets, torch tensors (data_contenders.py). Each runs in a process of its
 own, one after the other, in interleaved rounds. A ratio is the median over the rounds of the ratios within each round,
 and stands with the lowest and highest. Nothing else should run on the machine meanwhile; the processor time of a batch
-tells a slow contender from a disturbed one. Ours gives more than the others: positions and a loss mask by document, a
-digest of every step, the cursor; only "megatron, documents" gives the first two.
+tells a slow contender from a disturbed one. Inputs and targets may be views of the same rows, in all of them. Ours
+gives more than the others: where documents begin, a digest of every step, the cursor. "ours, documents" and "megatron,
+documents" also make positions and a loss mask by document, which ours otherwise makes when they are asked for.
 """
 
 from __future__ import annotations
