@@ -41,7 +41,7 @@ class Microbatch:
     def boundaries(self) -> torch.Tensor:
         """int32 [documents + 1]: where each document begins in the batch flattened to [B * S], and at the end B * S.
         Each row begins one. What flash attention calls ``cu_seqlens``."""
-        return torch.tensor(self._bounds, dtype=torch.int32)
+        return torch.from_numpy(np.array(self._bounds, np.int32))
 
     @functools.cached_property
     def loss_mask_BS(self) -> torch.Tensor:
