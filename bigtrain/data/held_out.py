@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
 
 from bigtrain.config import evaluation_sets
 from bigtrain.config.schema import DataConfig
-from bigtrain.data import shards
+from bigtrain.data import rows, shards
 from bigtrain.data.folders import Places
 from bigtrain.data.lanes import Piece
 from bigtrain.data.mixture import Pattern
-from bigtrain.data.order import Window, cut
+from bigtrain.data.rows import Rows, Window
 from bigtrain.data.shards import Dataset
 from bigtrain.data.tokenizer import Tokenizer
 
@@ -32,8 +32,18 @@ class HeldOut:
         self._pattern = Pattern([Fraction(count) for count in counts])
         self.num_sequences = min(sum(counts), max_sequences if max_sequences is not None else sum(counts))
 
+    def rows(self, numbers: Iterable[int]) -> Rows:
+        """These sequences, one a row; those from `num_sequences` on are empty."""
+        pieces_B = [self.pieces(number) if number < self.num_sequences else [] for number in numbers]
+        return rows.read(self.datasets, pieces_B, self.sequence_length)
+
     def sequence(self, number: int) -> Window:
-        """Sequence `number`, below `num_sequences`."""
+        """Sequence `number`, and what it is made of."""
+        pieces = self.pieces(number)
+        return rows.window(rows.read(self.datasets, [pieces], self.sequence_length), pieces)
+
+    def pieces(self, number: int) -> list[Piece]:
+        """What is in sequence `number`, below `num_sequences`."""
         if not 0 <= number < self.num_sequences:
             raise IndexError(f"sequence {number} of {self.num_sequences}")
         source, own = self._pattern.locate(number)
@@ -46,7 +56,7 @@ class HeldOut:
             end = min(stop, int(ends[document]))
             pieces.append(Piece(source, document, start - first, end - start))
             start, document = end, document + 1
-        return cut(self.datasets, pieces, size)
+        return pieces
 
     def predicted_tokens(self) -> np.ndarray:
         """int64[n]: every token that the evaluation predicts: targets but padding and first tokens of documents."""

@@ -11,38 +11,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from bigtrain.config.errors import UserError
 from bigtrain.data.faults import Skipped
 from bigtrain.data.held_out import HeldOut
 from bigtrain.data.ledger import digest
-from bigtrain.data.order import Cursor, Order, Window
+from bigtrain.data.microbatch import Microbatch
+from bigtrain.data.order import Cursor, Order
 from bigtrain.data.read_ahead import with_read_ahead
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """What one forward pass eats. All are [B, S], on the CPU."""
-
-    tokens_BS: torch.Tensor
-    """int64"""
-    targets_BS: torch.Tensor
-    """int64: the token after each."""
-    loss_mask_BS: torch.Tensor
-    """bool: False where the target is the first token of another document, or padding."""
-    positions_BS: torch.Tensor
-    """int64: 0 at the beginning of each document and of each row, counting on."""
-    documents_BS: torch.Tensor
-    """int32: 0, 1, ... along each row; tokens of the same document have the same number."""
-    single_document: bool
-    """Every row is part of one document: causal attention needs no other mask."""
+from bigtrain.data.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -90,10 +73,9 @@ def batches(
         return range(first + data_rank, first + global_batch_size, data_size)
 
     def read(step: int) -> StepBatch:
-        windows = [order.sequence(number) for number in numbers(step)]
+        rows = order.rows(numbers(step))
         cursor = order.cursor(start.num_sequences + (step + 1) * global_batch_size)
-        microbatches = _microbatches(windows, micro_batch_size)
-        return StepBatch(microbatches, cursor, 0.0, digest(windows), order.faults.take())
+        return StepBatch(cut(rows, micro_batch_size), cursor, 0.0, digest([rows.tokens_BT]), order.faults.take())
 
     order.faults.share = data_size
     order.use_threads(num_workers)
@@ -118,7 +100,7 @@ def evaluation_batches(
     _check_sizes(data_size, global_batch_size, micro_batch_size)
     firsts = range(0, held_out.num_sequences, global_batch_size)
     shares = (range(first + data_rank, first + global_batch_size, data_size) for first in firsts)
-    return (_microbatches([_held_out(held_out, number) for number in share], micro_batch_size) for share in shares)
+    return (cut(held_out.rows(share), micro_batch_size) for share in shares)
 
 
 def _check_sizes(data_size: int, global_batch_size: int, micro_batch_size: int) -> None:
@@ -133,8 +115,7 @@ def _inline(read: _Read) -> Iterator[StepBatch]:
     step = 0
     while True:
         began = time.perf_counter()
-        batch = read(step)
-        yield _waited(batch, began)
+        yield _waited(read(step), began)  # no name for it: the next one goes where the caller lets go of this one
         step += 1
 
 
@@ -160,57 +141,17 @@ class _Read(Protocol):
 
 
 def _waited(batch: StepBatch, began: float) -> StepBatch:
-    return replace(batch, wait_s=time.perf_counter() - began)
+    return StepBatch(batch.microbatches, batch.cursor, time.perf_counter() - began, batch.digest, batch.skipped)
 
 
-def _microbatches(windows: Sequence[Window], micro_batch_size: int) -> tuple[Microbatch, ...]:
-    return tuple(
-        microbatch(windows[first : first + micro_batch_size]) for first in range(0, len(windows), micro_batch_size)
-    )
+def cut(rows: Rows, micro_batch_size: int) -> tuple[Microbatch, ...]:
+    """Rows -> microbatches of so many."""
 
+    def part(of: slice) -> Microbatch:
+        tokens_BS, targets_BS = rows.tokens_BT[of, :-1], rows.tokens_BT[of, 1:]
+        return Microbatch(
+            torch.from_numpy(tokens_BS), torch.from_numpy(targets_BS), rows.starts_B[of], rows.num_tokens_B[of]
+        )
 
-def _held_out(sequences: HeldOut, number: int) -> Window:
-    """Sequence `number`, or past the end an empty one."""
-    if number >= sequences.num_sequences:
-        size = sequences.sequence_length + 1
-        return Window(np.zeros(size, np.int64), np.zeros(size, np.bool_), 0, ())
-    return sequences.sequence(number)
-
-
-def microbatch(windows: Sequence[Window]) -> Microbatch:
-    """Stack windows, one a row."""
-    num_rows, length = len(windows), len(windows[0].tokens) - 1
-    tokens_BS = np.empty((num_rows, length), np.int64)
-    targets_BS = np.empty((num_rows, length), np.int64)
-    starts_BT = np.empty((num_rows, length + 1), np.bool_)  # T = S + 1
-    for row, window in enumerate(windows):
-        tokens_BS[row], targets_BS[row] = window.tokens[:-1], window.tokens[1:]
-        starts_BT[row] = window.starts
-    loss_mask_BS = ~starts_BT[:, 1:]
-    for row, window in enumerate(windows):
-        if window.num_tokens <= length:
-            loss_mask_BS[row, max(window.num_tokens - 1, 0) :] = False
-    starts_BT[:, 0] = True
-    positions_BS, documents_BS = _numbered(starts_BT[:, :-1])
-    return Microbatch(
-        tokens_BS=torch.from_numpy(tokens_BS),
-        targets_BS=torch.from_numpy(targets_BS),
-        loss_mask_BS=torch.from_numpy(loss_mask_BS),
-        positions_BS=torch.from_numpy(positions_BS),
-        documents_BS=torch.from_numpy(documents_BS),
-        single_document=not documents_BS[:, -1].any(),
-    )
-
-
-def _numbered(starts_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(position in its document, number of its document in the row) of each place; each row begins a document.
-
-    By the few places where documents begin: three times as fast as a running maximum and sum over all places."""
-    num_rows, length = starts_BS.shape
-    places = np.arange(num_rows * length)
-    begins = np.flatnonzero(starts_BS)
-    lengths = np.diff(begins, append=len(places))
-    first_of_rows = np.searchsorted(begins, places[::length])
-    numbers = np.arange(len(begins)) - first_of_rows[begins // length]
-    positions, documents = places - np.repeat(begins, lengths), np.repeat(numbers.astype(np.int32), lengths)
-    return positions.reshape(num_rows, length), documents.reshape(num_rows, length)
+    firsts = range(0, len(rows.starts_B), micro_batch_size)
+    return tuple([part(slice(first, first + micro_batch_size)) for first in firsts])

@@ -76,6 +76,9 @@ class Mixture:
         ]
         self._consumed: list[list[dict[str, int]]] = [[{} for _ in range(num_lanes)]]
         """Of each stage and lane: rows of each source that the stages before it took."""
+        self._places: list[list[tuple[int, list[int]]]] = [[] for _ in stages]
+        """Of each stage and lane: the place in the pattern of its row 0, and of each source, what is to be added to its
+        place in the pattern to have its own row. Made at the stage's first use."""
         for first in firsts[1:]:
             self._consumed.append([self._after(len(self._consumed) - 1, lane, first) for lane in range(num_lanes)])
 
@@ -83,13 +86,9 @@ class Mixture:
         """(source, lane, which of the source's own rows in this lane) of global sequence `number`."""
         stage = bisect.bisect_right(self._firsts, number) - 1
         row, lane = divmod(number, self.num_lanes)
-        pattern, names = self._patterns[stage], self._names[stage]
-        if len(names) == 1:
-            own, name = row - self._first_row(stage, lane), names[0]
-        else:
-            source, place = pattern.locate(row - self._first_row(stage, lane) + lane)
-            own, name = place - pattern.counts(lane)[source], names[source]
-        return name, lane, own + self._consumed[stage][lane].get(name, 0)
+        shift, before = (self._places[stage] or self._placed(stage))[lane]
+        source, place = self._patterns[stage].locate(row + shift)
+        return self._names[stage][source], lane, place + before[source]
 
     def consumed(self, number: int) -> dict[str, list[int]]:
         """Own rows of each source in each lane among the global sequences before `number`."""
@@ -125,6 +124,17 @@ class Mixture:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mixture) and self.stages == other.stages
+
+    def _placed(self, stage: int) -> list[tuple[int, list[int]]]:
+        names, pattern = self._names[stage], self._patterns[stage]
+        self._places[stage] = [
+            (
+                lane - self._first_row(stage, lane),
+                [taken.get(name, 0) - skipped for name, skipped in zip(names, pattern.counts(lane), strict=True)],
+            )
+            for lane, taken in enumerate(self._consumed[stage])
+        ]
+        return self._places[stage]
 
     def _first_row(self, stage: int, lane: int) -> int:
         """Of the lane in the stage."""

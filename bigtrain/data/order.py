@@ -10,38 +10,24 @@ whole pipeline is one number, the sequences consumed, beside the mixture that it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol
 
-import numpy as np
-
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig, SourceConfig
-from bigtrain.data import shards, text_lanes
-from bigtrain.data.faults import BadDocument, Faults
+from bigtrain.data import rows, shards, text_lanes
+from bigtrain.data.faults import Faults
 from bigtrain.data.folders import Places
 from bigtrain.data.lanes import Census, Lanes, Piece
 from bigtrain.data.mixture import Mixture, Stage
 from bigtrain.data.packing import PackedSequences
+from bigtrain.data.rows import Rows, Window
 from bigtrain.data.shards import Dataset
 from bigtrain.data.text_lanes import Position, TextLanes
 from bigtrain.data.text_tars import TextTars, is_text
 from bigtrain.data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Window:
-    """One sequence: S + 1 tokens, the inputs and the target after the last."""
-
-    tokens: np.ndarray
-    """int64[S + 1]"""
-    starts: np.ndarray
-    """bool[S + 1]: where a document begins, or a part of one that was packed: no token before is of any use here."""
-    num_tokens: int
-    """Tokens that are data; behind them is padding."""
-    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -136,6 +122,7 @@ class Order:
         """Positions in sources that are no longer named."""
         self._seed = seed
         self._sequences = [self._arranged(place, dataset) for place, dataset in enumerate(self.datasets)]
+        self._by_name = dict(zip(self._names, self._sequences, strict=True))
         self.mixture = self._planned()
         self.fingerprint = f"seed={seed} num_lanes={num_lanes} sequence_length={sequence_length} pack={pack}"
         """What the order depends on beside the mixture, readable."""
@@ -210,17 +197,26 @@ class Order:
     def pieces(self, number: int) -> list[Piece]:
         """What is in global sequence `number`."""
         name, lane, row = self.mixture.locate(number)
-        if name not in self._names:
+        sequences = self._by_name.get(name)
+        if sequences is None:
             raise UserError(
                 f"sequence {number:,} came from data {name}, which data.train does not name any more. Name its folder "
                 "again, with weight: 0, to look at what it gave."
             )
-        return self._sequences[self._names.index(name)].pieces(lane, row)
+        return sequences.pieces(lane, row)
+
+    def rows(self, numbers: Iterable[int]) -> Rows:
+        """These global sequences, one a row. Random access; costs a binary search and a copy each."""
+        return self._read([self.pieces(number) for number in numbers])
 
     def sequence(self, number: int) -> Window:
-        """Global sequence `number`. Random access; costs a binary search and a copy."""
+        """Global sequence `number`, and what it is made of."""
+        pieces = self.pieces(number)
+        return rows.window(self._read([pieces]), pieces)
+
+    def _read(self, pieces_B: Sequence[Sequence[Piece]]) -> Rows:
         apart = self.pack != "concat"
-        return cut(self.datasets, self.pieces(number), self.sequence_length, apart=apart, faults=self.faults)
+        return rows.read(self.datasets, pieces_B, self.sequence_length, apart=apart, faults=self.faults)
 
     def _arranged(self, place: int, dataset: Dataset | TextTars) -> Sequences:
         if isinstance(dataset, TextTars):
@@ -265,38 +261,6 @@ class Order:
             + ", ".join(f"{paths.get(name, 'other data')} ({name}) {weight}" for name, weight in stage.weights.items())
             for stage in mixture.stages
         )
-
-
-def cut(
-    datasets: Sequence[Dataset | TextTars],
-    pieces: Sequence[Piece],
-    sequence_length: int,
-    *,
-    apart: bool = False,
-    faults: Faults | None = None,
-) -> Window:
-    """Copy the pieces into one window; what they do not fill is padded with token 0, as a document of its own.
-
-    `apart`: each piece begins anew, also where it is the rest of a document. Pieces of bad documents are 0, and each
-    place of them a beginning, so that none is a target. Raises UserError where `faults` allow no more (None: any)."""
-    tokens = np.empty(sequence_length + 1, np.int64)
-    starts = np.zeros(sequence_length + 1, np.bool_)
-    filled = 0
-    for piece in pieces:
-        end, dataset = filled + piece.count, datasets[piece.source]
-        try:
-            tokens[filled:end] = dataset.tokens(piece.document, piece.start, piece.start + piece.count)
-            starts[filled] = apart or piece.start == 0
-        except BadDocument as bad:
-            if faults is None:
-                raise
-            faults.skip(piece.source, piece.document, bad, dataset.name, lambda dataset=dataset: dataset.size_bytes)
-            tokens[filled:end], starts[filled:end] = 0, True
-        filled = end
-    if filled <= sequence_length:
-        tokens[filled:] = 0
-        starts[filled] = True
-    return Window(tokens, starts, filled, tuple(pieces))
 
 
 def training_order(data: DataConfig, *, seed: int, sequence_length: int, tokenizer: Tokenizer | None = None) -> Order:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import threading
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,13 +36,16 @@ class Dataset:
     def __init__(self, folder: Folder, index: Index) -> None:
         self._folder = folder
         self.index = index
-        self._starts = np.cumsum([0, *(shard.num_documents for shard in index.shards)])
+        self._dtype = np.dtype(index.dtype)
+        self._width = self._dtype.itemsize
+        self._starts = [0, *itertools.accumulate(shard.num_documents for shard in index.shards)]
         self._tars: list[np.ndarray | None] = [None] * len(index.shards)
         """Maps of shards on a disk; those of remote ones are the cache's matter."""
-        self._is_checked = [np.zeros(shard.num_documents, np.bool_) for shard in index.shards]
+        self._is_checked = [bytearray(shard.num_documents) for shard in index.shards]
         with ThreadPoolExecutor(_FETCHES_AT_A_TIME) as pool:  # no thread is started for nothing
             load = pool.map if folder.is_remote else map
             self._documents = list(load(self._load_documents, index.shards))
+        self._places = [(documents["tokens_at"], documents["num_tokens"]) for documents in self._documents]
 
     @staticmethod
     def open(path: str | os.PathLike[str], *, places: Places | None = None, check_sizes: bool = True) -> Dataset:
@@ -112,22 +117,27 @@ class Dataset:
 
     def shard_of(self, document: int) -> int:
         """Which shard a document is in."""
-        if not 0 <= document < len(self):
+        if not 0 <= document < self._starts[-1]:
             raise IndexError(f"document {document} of {len(self)} in {self.name}")
-        return int(np.searchsorted(self._starts, document, side="right")) - 1
+        return bisect_right(self._starts, document) - 1
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document, as a read-only view of the file (uint16 or uint32). Raises BadDocument
         where they are not those of the index, and UserError where its shard is to be fetched and cannot be."""
-        shard = self.shard_of(document)
-        place = document - int(self._starts[shard])
-        row = self._documents[shard][place]
-        at, count = int(row["tokens_at"]), int(row["num_tokens"])
-        width = np.dtype(self.index.dtype).itemsize
-        stop = count if stop is None else min(stop, count)
+        shard = bisect_right(self._starts, document) - 1  # shard_of: this is called for every piece of every batch
+        if shard < 0:
+            raise IndexError(f"document {document} in {self.name}")
+        place = document - self._starts[shard]
+        tokens_at, num_tokens = self._places[shard]
+        count = num_tokens.item(place)
+        if stop is None or stop > count:
+            stop = count
         if not self._is_checked[shard][place]:
             self._check(shard, place, document)
-        return self.tar(shard)[at + start * width : at + max(start, stop) * width].view(self.index.dtype)
+        at, width, tar = tokens_at.item(place), self._width, self._tars[shard]
+        if tar is None:
+            tar = self.tar(shard)
+        return tar[at + start * width : at + max(start, stop) * width].view(self._dtype)
 
     def file_of(self, document: int) -> str:
         """The shard that a document is in."""

@@ -26,7 +26,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bigtrain.config.schema import Config
-from bigtrain.data.loader import Microbatch
+from bigtrain.data.microbatch import Microbatch
 from bigtrain.distributed.rng import seed_step
 from bigtrain.distributed.sharding import Shard
 from bigtrain.distributed.start import Runtime
@@ -37,7 +37,6 @@ from bigtrain.engine.settings import deepspeed_config
 from bigtrain.engine.stage import TIED, Handle, Stage, announce_backward
 from bigtrain.engine.tied import TiedWeight
 from bigtrain.engine.vendor import import_deepspeed
-from bigtrain.model.attention import boundaries_of
 from bigtrain.model.build import EMBEDDING, Decoder, build, shards_of
 from bigtrain.model.initial import initialize
 from bigtrain.optim.loss_scale import LossScale
@@ -225,7 +224,7 @@ class Engine:
 
         def step(batches: Iterator[Microbatch], model: Handle) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
-            boundaries = None if batch.single_document else boundaries_of(batch.documents_BS)
+            boundaries = None if batch.single_document else batch.boundaries
             mask = batch.loss_mask_BS.to(device, torch.float32)
             output = model(
                 input_ids=batch.tokens_BS.to(device),
@@ -262,7 +261,7 @@ def _filled(microbatches: Sequence[Microbatch], least: int) -> Sequence[Microbat
     """At least `least` microbatches, by repeating the last without a token to predict: it changes neither the loss nor
     the gradient. The interleaved schedule wants one a stage."""
     last = microbatches[-1]
-    empty = replace(last, loss_mask_BS=torch.zeros_like(last.loss_mask_BS))
+    empty = replace(last, num_tokens_B=[0] * len(last.num_tokens_B))
     return [*microbatches, *[empty] * (least - len(microbatches))]
 
 

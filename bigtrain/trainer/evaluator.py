@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bigtrain.data.loader import Microbatch
+from bigtrain.data.microbatch import Microbatch
 from bigtrain.engine.engine import Engine
 
 

@@ -10,7 +10,8 @@ from bigtrain.config.derive import sequences_of_evaluation
 from bigtrain.config.schema import Config
 from bigtrain.data.baseline import unigram_cross_entropies
 from bigtrain.data.held_out import HeldOut, held_out
-from bigtrain.data.loader import Microbatch, StepBatch, batches, evaluation_batches
+from bigtrain.data.loader import StepBatch, batches, evaluation_batches
+from bigtrain.data.microbatch import Microbatch
 from bigtrain.data.order import Cursor, Order, training_order
 from bigtrain.data.shards import Dataset, tokenizer_of
 from bigtrain.data.tokenizer import Tokenizer

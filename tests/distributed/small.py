@@ -17,7 +17,7 @@ from bigtrain.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
-from bigtrain.data.loader import Microbatch
+from bigtrain.data.microbatch import Microbatch
 
 Pieces = list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]
 """(name, global shape, offsets, values) of rectangles of global tensors."""
@@ -69,17 +69,12 @@ def packed_batch(seed: int, vocab_size: int, size: int, micro_size: int, length:
     starts = torch.rand(size, length + 1, generator=generator) < 2.4 / length
     starts[:, 0] = True
     starts[0, 1:] = False
-    documents = starts.cumsum(1) - 1
-    place = torch.arange(length + 1).expand_as(rows)
-    positions = place - torch.where(starts, place, 0).cummax(1).values
     return [
         Microbatch(
             tokens_BS=rows[part, :-1],
             targets_BS=rows[part, 1:],
-            loss_mask_BS=~starts[part, 1:],
-            positions_BS=positions[part, :-1],
-            documents_BS=documents[part, :-1].int(),
-            single_document=False,
+            starts_B=[row.nonzero().flatten().tolist() for row in starts[part]],
+            num_tokens_B=[length + 1] * micro_size,
         )
         for part in (slice(i, i + micro_size) for i in range(0, size, micro_size))
     ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bigtrain.config.schema import Config, ModelConfig
-from bigtrain.data.loader import Microbatch
+from bigtrain.data.microbatch import Microbatch
 from bigtrain.topology import Topology
 from tests import oracle
 from tests.distributed import small, test_oracle

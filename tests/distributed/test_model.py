@@ -15,7 +15,7 @@ import yaml
 from bigtrain.config.compose import presets
 from bigtrain.config.derive import count_parameters, parameter_count
 from bigtrain.config.schema import Config, ModelConfig
-from bigtrain.data.loader import Microbatch
+from bigtrain.data.microbatch import Microbatch
 from tests.distributed import small
 from tests.distributed.harness import PoolFactory
 
@@ -27,14 +27,11 @@ LAYOUTS = [(1, {}), (2, {"tensor": 2}), (2, {"tensor": 2, "sequence": True})]
 
 def row(tokens: torch.Tensor, starts: list[int]) -> Microbatch:
     """One row of packed documents, made by the loader that training uses."""
-    import numpy as np
+    from bigtrain.data.loader import cut
+    from bigtrain.data.rows import Rows
 
-    from bigtrain.data.loader import microbatch
-    from bigtrain.data.order import Window
-
-    first = np.zeros(len(tokens), np.bool_)
-    first[starts] = True
-    return microbatch([Window(tokens.numpy(), first, len(tokens), ())])
+    (batch,) = cut(Rows(tokens.numpy()[None], [starts], [len(tokens)]), 1)
+    return batch
 
 
 def logits(config: Config, batches: list[Microbatch], boundaries_of_rows: bool = False) -> list[torch.Tensor]:

@@ -52,11 +52,12 @@ class Reading:
 
 def shifted(rows: Tensor) -> Batch:
     """int64 [B, S + 1] -> inputs and targets."""
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return rows[:, :-1], rows[:, 1:]
 
 
-def ours(reading: Reading, pack: str) -> Iterator[Batch]:
-    """bigtrain.data: documents' positions, masks, the digest of each step and the cursor come with it."""
+def ours(reading: Reading, pack: str, documents: bool = False) -> Iterator[Batch]:
+    """bigtrain.data: the places of documents, the digest of each step and the cursor come with it. `documents`: with
+    the positions, loss mask and boundaries that are made of those places when they are asked for."""
     from bigtrain.config.schema import DataConfig
     from bigtrain.data.loader import batches
     from bigtrain.data.order import Order, Source
@@ -76,7 +77,12 @@ def ours(reading: Reading, pack: str) -> Iterator[Batch]:
         start=order.cursor(reading.first_step * BATCH_SIZE),
         num_workers=reading.num_workers,
     )
-    return ((step.microbatches[0].tokens_BS, step.microbatches[0].targets_BS) for step in steps)
+    for step in steps:
+        (batch,) = step.microbatches
+        if documents:
+            _ = batch.positions_BS, batch.loss_mask_BS, batch.boundaries
+        yield batch.tokens_BS, batch.targets_BS
+        del step, batch  # or the next one would not go where the caller lets go of this one
 
 
 def memmap(reading: Reading) -> Iterator[Batch]:
@@ -221,6 +227,7 @@ def _loaded(dataset: Any, reading: Reading, **settings: Any) -> Iterator[Any]:
 CONTENDERS: dict[str, Callable[[Reading], Iterator[Batch]]] = {
     "ours, concat": lambda reading: ours(reading, "concat"),
     "ours, best_fit": lambda reading: ours(reading, "best_fit"),
+    "ours, documents": lambda reading: ours(reading, "concat", documents=True),
     "webdataset": webdataset,
     "streaming": streaming,
     "litdata": litdata,

@@ -77,7 +77,7 @@ def restart_table(found: dict[str, dict[int, list[float]]]) -> str:
 
 
 def tokenise_table(found: list[dict[str, float]]) -> str:
-    rows = ["tokenising in one process, M tokens/s"]
+    rows = ["tokenising in one process, M tokens a second of processor time"]
     for name in found[0]:
         rates = [each[name] / 1e6 for each in found]
         share = statistics.median(each[name] / each["sentencepiece"] for each in found)

@@ -58,16 +58,11 @@ def _layout(name: str) -> Any:
 
 def _microbatch(rows: Any) -> Any:
     """Of rows of tokens [B, S + 1], one document each."""
-    import torch
+    from bigtrain.data.microbatch import Microbatch
 
-    from bigtrain.data.loader import Microbatch
-
-    tokens = rows[:, :-1]
     return Microbatch(
-        tokens_BS=tokens,
+        tokens_BS=rows[:, :-1],
         targets_BS=rows[:, 1:],
-        loss_mask_BS=torch.ones_like(tokens, dtype=torch.bool),
-        positions_BS=torch.arange(tokens.shape[1]).expand_as(tokens),
-        documents_BS=torch.zeros_like(tokens),
-        single_document=True,
+        starts_B=[[0]] * len(rows),
+        num_tokens_B=[rows.shape[1]] * len(rows),
     )

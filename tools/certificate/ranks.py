@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bigtrain.config.schema import Config
-from bigtrain.data.loader import Microbatch
+from bigtrain.data.microbatch import Microbatch
 from tests.distributed.small import Pieces, packed_batch, pieces
 
 

@@ -13,7 +13,8 @@ from bigtrain.config.schema import Config, DataConfig, SourceConfig, TrainConfig
 from bigtrain.data import data_report
 from bigtrain.data.data_report import expected_cut_documents, packing_of, packing_of_held_out
 from bigtrain.data.held_out import HeldOut, held_out
-from bigtrain.data.order import Order, Source, Window, training_order
+from bigtrain.data.order import Order, Source, training_order
+from bigtrain.data.rows import Window
 from bigtrain.data.shards import Dataset
 
 

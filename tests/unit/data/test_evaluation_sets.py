@@ -23,7 +23,7 @@ from bigtrain.config.schema import (
     TrainConfig,
 )
 from bigtrain.data.held_out import held_out
-from bigtrain.data.loader import Microbatch
+from bigtrain.data.microbatch import Microbatch
 from bigtrain.data.shards import Dataset
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.engine.engine import LossSum

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from bigtrain.data import packing
-from bigtrain.data.loader import microbatch
+from bigtrain.data.loader import cut
 from bigtrain.data.order import Order, Source
 from bigtrain.data.packing import PackedSequences, best_fit, cut_to_size, pack
 from bigtrain.data.shards import Dataset
@@ -98,7 +98,7 @@ def test_what_is_packed_begins_anew(train: Dataset) -> None:
     order = Order([Source(train)], seed=1, num_lanes=4, sequence_length=S, pack="best_fit")
     for number in range(200):
         window = order.sequence(number)
-        batch = microbatch([window])
+        (batch,) = cut(order.rows([number]), 1)
         places = np.cumsum([0, *(piece.count for piece in window.pieces)])
         for piece, begin, end in zip(window.pieces, places, places[1:], strict=False):
             assert np.array_equal(

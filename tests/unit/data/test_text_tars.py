@@ -361,7 +361,7 @@ def test_the_audit_of_raw_text(folder: Path, tokenizer: Tokenizer) -> None:
         for step in range(steps):
             for rank in range(2):
                 entry = ledger.Entry(step + 1, 8 * step, 8, rank, 2, "")
-                digest = ledger.digest(order.sequence(number) for number in entry.sequences)
+                digest = ledger.digest(order.sequence(number).tokens for number in entry.sequences)
                 entries.append(ledger.Entry(step + 1, 8 * step, 8, rank, 2, digest))
         return entries
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigtrain.data.loader import Microbatch
+from bigtrain.data.microbatch import Microbatch
 from bigtrain.engine.engine import LossSum
 from bigtrain.trainer.evaluator import Evaluation, Evaluator
 
@@ -23,10 +23,8 @@ def microbatch(targets: list[list[int]], mask: list[list[int]]) -> Microbatch:
     return Microbatch(
         tokens_BS=torch.full_like(targets_BS, 3),
         targets_BS=targets_BS,
-        loss_mask_BS=torch.tensor(mask).bool(),
-        positions_BS=torch.zeros_like(targets_BS),
-        documents_BS=torch.zeros_like(targets_BS).int(),
-        single_document=True,
+        starts_B=[[place for place, learned in enumerate(row, start=1) if not learned] for row in mask],
+        num_tokens_B=[len(row) + 1 for row in mask],
     )
 
 
