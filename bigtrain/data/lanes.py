@@ -115,7 +115,7 @@ class Lanes:
             if epoch not in kept:
                 mine = self._documents[lane]
                 documents = mine[draw_order(self._shards[mine], (self._seed, lane, epoch), (self._seed, epoch))]
-                kept[epoch] = (memoryview(documents), memoryview(np.cumsum(self._num_tokens[documents])))
+                kept[epoch] = (documents.data, np.cumsum(self._num_tokens[documents]).data)
                 for old in sorted(kept)[:-2]:
                     if old != epoch:
                         del kept[old]

@@ -83,7 +83,7 @@ def digest(tokens: Iterable[np.ndarray]) -> str:
     """Of these tokens, one array behind the other, padding included: 64 bits, hexadecimal (xxh3)."""
     state = xxhash.xxh3_64()
     for part in tokens:
-        state.update(part if part.dtype == _DIGESTED else part.astype(_DIGESTED))
+        state.update(part.data if part.dtype == _DIGESTED else part.astype(_DIGESTED).data)
     return state.hexdigest()
 
 

@@ -130,14 +130,13 @@ class Dataset:
         place = document - self._starts[shard]
         tokens_at, num_tokens = self._places[shard]
         count = num_tokens.item(place)
-        if stop is None or stop > count:
-            stop = count
+        end = count if stop is None or stop > count else stop
         if not self._is_checked[shard][place]:
             self._check(shard, place, document)
         at, width, tar = tokens_at.item(place), self._width, self._tars[shard]
         if tar is None:
             tar = self.tar(shard)
-        return tar[at + start * width : at + max(start, stop) * width].view(self._dtype)
+        return tar[at + start * width : at + max(start, end) * width].view(self._dtype)
 
     def file_of(self, document: int) -> str:
         """The shard that a document is in."""

@@ -190,8 +190,8 @@ def launch(options: argparse.Namespace, folder: Path, name: str, num_workers: in
 
 
 def tokenise(folder: Path, seconds: float = 5.0) -> dict[str, float]:
-    """Tokens a second of processor time, of one process: batches from the raw text tars of FOLDER/text, without workers,
-    against sentencepiece's own `encode` of the same texts in the same order, which it cannot beat."""
+    """Tokens a second of processor time, in one process: batches from the raw text tars of FOLDER/text, against
+    sentencepiece's own `encode` of the same texts in the same order, which it cannot beat."""
     import sentencepiece
 
     from bigtrain.data.loader import batches
