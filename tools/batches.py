@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -14,8 +15,8 @@ from bigtrain.checkpoint import folder as checkpoints
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.data import ledger
+from bigtrain.data.audit import Audit, audit
 from bigtrain.data.lanes import Piece
-from bigtrain.data.ledger import Audit
 from bigtrain.data.order import Cursor, Order, training_order
 from bigtrain.data.progress import bar
 from bigtrain.data.shards import tokenizer_of
@@ -50,7 +51,7 @@ def show_command(options: argparse.Namespace) -> int:
     if options.sequence is not None and not 0 <= options.sequence < size:
         raise UserError(f"--sequence {options.sequence}: a step has sequences 0 to {size - 1}")
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    first = (options.step - 1) * size
+    first = first_of(Path(options.folder), options.step, size)
     numbers = range(first, first + size) if options.sequence is None else [first + options.sequence]
     console.print(f"step {options.step}: global sequences {first:,} to {first + size - 1:,}", style="bold")
     tokenizer = tokenizer_of(config)
@@ -67,6 +68,19 @@ def show_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def first_of(folder: Path, step: int, size: int) -> int:
+    """The global sequence that a step begins with: as the ledger says, or as it will for a step to come."""
+    entries = ledger.read(folder) if any((folder / ledger.FOLDER).glob("rank-*.jsonl")) else []
+    known = next((entry for entry in entries if entry.step == step), None)
+    if known is not None:
+        return known.first
+    begin = ledger.read_begin(folder)
+    done = max(((entry.step, entry.first + entry.size) for entry in entries), default=(begin.step, begin.num_sequences))
+    if step <= begin.step:
+        raise UserError(f"--step {step}: the run began with step {begin.step + 1}, from another run's checkpoint")
+    return done[1] + (step - 1 - done[0]) * size
+
+
 def told(order: Order, piece: Piece) -> str:
     """Where a piece comes from."""
     dataset = order.datasets[piece.source]
@@ -80,9 +94,10 @@ def told(order: Order, piece: Piece) -> str:
 def audit_command(options: argparse.Namespace) -> int:
     folder = Path(options.folder)
     _, order = open_run(folder)
-    entries = ledger.read(folder)
+    entries, newest = ledger.read(folder), checkpoints.newest(folder / "checkpoints")
+    saved_step = checkpoints.state_of(newest)["step"] if newest is not None else 0
     with bar("auditing", len(entries), shown=True) as advance:
-        found = ledger.audit(order, entries, advance=advance)
+        found = audit(order, entries, begin=ledger.read_begin(folder), saved_step=saved_step, advance=advance)
     for problem in found.problems:
         print(f"wrong: {problem}", file=sys.stderr)
     print("\n".join(summary(found)))
@@ -104,8 +119,10 @@ def open_run(folder: Path) -> tuple[Config, Order]:
     """The run's config and order, with the mixtures that its newest checkpoint remembers. Raises UserError."""
     config = configs.load(folder)
     tokenizer = tokenizer_of(config) if any(is_text(source.path) for source in config.data.train) else None
+    # what was passed over in the run is passed over here, and none of the rest is to stop this
+    data = replace(config.data, max_bad_fraction=config.data.max_bad_fraction and float("inf"))
     order = training_order(
-        config.data, seed=config.run.seed, sequence_length=config.train.sequence_length, tokenizer=tokenizer
+        data, seed=config.run.seed, sequence_length=config.train.sequence_length, tokenizer=tokenizer
     )
     newest = checkpoints.newest(folder / "checkpoints")
     if newest is not None:

@@ -66,7 +66,7 @@ def _train(sources: list[SourceConfig]) -> Iterator[Problem]:
 
 
 def _weights(key: str, source: SourceConfig) -> Iterator[Problem]:
-    """A source may have weight 0: until a later one begins, or for ever, so that what it gave before can be looked up."""
+    """A source may have weight 0: until a later one begins, or for ever, to look up what it gave before."""
     named = [(f"{key}.weight", source.weight)]
     named += [(f"{key}.then.{place}.weight", change.weight) for place, change in enumerate(source.then)]
     for name, weight in named:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class BadDocument(UserError):
 class Skipped:
     """A document that was passed over."""
 
+    source: int
+    """Place in the list of sources."""
     data: str
     shard: str
     sample: str
@@ -40,44 +42,42 @@ class Skipped:
 
 
 class Faults:
-    """The bad documents that this process met. Safe to use from many threads."""
+    """The bad documents that a run meets. Safe to use from many threads."""
 
     def __init__(self, max_fraction: float = 0.0) -> None:
         """`max_fraction`: the share of a source's bytes that may be bad; 0: none."""
         self.max_fraction = max_fraction
-        self.share = 1
-        """Of how many data ranks this process is one: it meets that share of the documents."""
-        self.counts: Counter[str] = Counter()
-        """Documents by reason."""
         self._lost: Counter[int] = Counter()
         self._seen: set[tuple[int, int]] = set()
         self._new: list[Skipped] = []
         self._lock = threading.Lock()
 
-    def skip(self, source: int, document: int, bad: BadDocument, data: str, size_bytes: Callable[[], int]) -> None:
-        """Count a bad document, once however often it is met. `size_bytes`: of all of `source`.
-
-        Raises UserError where it is one too many."""
+    def skip(self, source: int, document: int, bad: BadDocument, data: str) -> None:
+        """Pass over a bad document that this process met; counted once however often it is met. Raises UserError where
+        none is allowed."""
         if not self.max_fraction:
             raise UserError(f"{bad} To skip such documents and count them, set data.max_bad_fraction=0.001.") from bad
         with self._lock:
-            if (source, document) in self._seen:
-                return
-            self._seen.add((source, document))
-            self._lost[source] += bad.size_bytes
-            self.counts[bad.reason] += 1
-            self._new.append(Skipped(data, bad.shard, bad.sample, bad.reason, bad.size_bytes))
-            lost, whole = self._lost[source], size_bytes() // self.share
-        if lost > self.max_fraction * whole:
-            raise UserError(
-                f"{bad} With it {lost:,} bytes of {whole:,} are bad, more than data.max_bad_fraction="
-                f"{self.max_fraction:g}. Repair the data (tools/shards.py verify), or raise the limit."
-            ) from bad
+            if (source, document) not in self._seen:
+                self._seen.add((source, document))
+                self._new.append(Skipped(source, data, bad.shard, bad.sample, bad.reason, bad.size_bytes))
 
     def take(self) -> tuple[Skipped, ...]:
-        """Those since the last call."""
+        """Those that this process met since the last call."""
         if not self._new:
             return ()
         with self._lock:
             taken, self._new = tuple(self._new), []
         return taken
+
+    def allow(self, skipped: Iterable[Skipped], size_bytes: Callable[[int], int]) -> None:
+        """Count what all data ranks passed over. `size_bytes`: of a source. Raises UserError where it is too much."""
+        for each in skipped:
+            self._lost[each.source] += each.size_bytes
+            lost, whole = self._lost[each.source], size_bytes(each.source)
+            if lost > self.max_fraction * whole:
+                raise UserError(
+                    f"data {each.data}: {each.shard}: sample {each.sample}: {each.reason}. With it {lost:,} bytes of "
+                    f"{whole:,} are bad, more than data.max_bad_fraction={self.max_fraction:g}. Repair the data "
+                    "(tools/shards.py verify), or raise the limit."
+                )

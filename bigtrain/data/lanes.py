@@ -48,7 +48,7 @@ class Census:
     documents: np.ndarray
     """int64[documents], in rising order."""
     num_tokens: np.ndarray
-    """int64[documents]"""
+    """int64[documents]; 0 where no piece names the document, and it may be left out."""
     epochs_ended: np.ndarray
     """int64[documents]: how often the document must have been a target, whole."""
 
@@ -83,7 +83,7 @@ class Lanes:
         """How often the first `rows[lane]` sequences of each lane went through the data."""
         return sum(rows) * self._size / sum(self.num_tokens_of_lanes)
 
-    def census(self, rows: Sequence[int]) -> Census:
+    def census(self, rows: Sequence[int], named: np.ndarray) -> Census:
         """All documents, and what the first `rows[lane]` sequences of each lane made of them."""
         ended = np.zeros(len(self._num_tokens), np.int64)
         for documents, size, count in zip(self._documents, self.num_tokens_of_lanes, rows, strict=True):

@@ -77,7 +77,6 @@ def batches(
         cursor = order.cursor(start.num_sequences + (step + 1) * global_batch_size)
         return StepBatch(cut(rows, micro_batch_size), cursor, 0.0, digest([rows.tokens_BT]), order.faults.take())
 
-    order.faults.share = data_size
     order.use_threads(num_workers)
     if num_workers == 0:
         return _inline(read)

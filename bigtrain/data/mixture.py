@@ -101,9 +101,7 @@ class Mixture:
         past = [stage for stage in self.stages if stage.first < number]
         current = bisect.bisect_right(plan._firsts, number) - 1
         to_come = [Stage(number, plan.stages[current].weights), *plan.stages[current + 1 :]]
-        if past and past[-1].weights == to_come[0].weights:
-            to_come = to_come[1:]
-        return Mixture([*past, *to_come], self.num_lanes)
+        return Mixture(joined([*past, *to_come]), self.num_lanes)
 
     def to_json(self) -> list[dict[str, Any]]:
         return [
@@ -149,6 +147,15 @@ class Mixture:
         ):
             found[name] = found.get(name, 0) + after - before
         return found
+
+
+def joined(stages: Sequence[Stage]) -> list[Stage]:
+    """Without those that change nothing."""
+    found: list[Stage] = []
+    for stage in stages:
+        if not found or found[-1].weights != stage.weights:
+            found.append(stage)
+    return found
 
 
 def _fraction(text: str) -> Fraction:

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol
 
+import numpy as np
+
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig, SourceConfig
 from bigtrain.data import rows, shards, text_lanes
-from bigtrain.data.faults import Faults
+from bigtrain.data.faults import Faults, Skipped
 from bigtrain.data.folders import Places
 from bigtrain.data.lanes import Census, Lanes, Piece
-from bigtrain.data.mixture import Mixture, Stage
+from bigtrain.data.mixture import Mixture, Stage, joined
 from bigtrain.data.packing import PackedSequences
 from bigtrain.data.rows import Rows, Window
 from bigtrain.data.shards import Dataset
@@ -67,7 +69,7 @@ class Sequences(Protocol):
 
     def epochs(self, rows: Sequence[int]) -> float: ...
 
-    def census(self, rows: Sequence[int]) -> Census: ...
+    def census(self, rows: Sequence[int], named: np.ndarray) -> Census: ...
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ class Order:
             if isinstance(dataset, TextTars):
                 dataset.use_threads(number)
 
+    def allow(self, skipped: Iterable[Skipped]) -> None:
+        """Count the bad documents that all data ranks passed over. Raises UserError where they are too many."""
+        self.faults.allow(skipped, lambda source: self.datasets[source].size_bytes)
+
     def start(self) -> Cursor:
         """Nothing consumed yet."""
         return self.cursor(0)
@@ -185,10 +191,13 @@ class Order:
             for name, dataset, sequences in zip(self._names, self.datasets, self._sequences, strict=True)
         }
 
-    def census(self, source: int, num_sequences: int) -> Census:
-        """All documents of a source, and what so many global sequences made of them."""
+    def census(self, source: int, num_sequences: int, named: np.ndarray) -> Census:
+        """All documents of a source, and what so many global sequences made of them. `named`: those that pieces of them
+        name, int64, rising."""
         nothing = [0] * self.num_lanes
-        return self._sequences[source].census(self.mixture.consumed(num_sequences).get(self._names[source], nothing))
+        return self._sequences[source].census(
+            self.mixture.consumed(num_sequences).get(self._names[source], nothing), named
+        )
 
     def sequences_of(self, source: int) -> Sequences:
         """The endless sequences of one source by itself."""
@@ -252,7 +261,7 @@ class Order:
                 raise UserError(f"data.train: no source has a weight above 0 from token {tokens:,} on")
             first = -(-tokens // self.sequence_length)
             stages[first] = Stage(first, weights)
-        return Mixture(list(stages.values()), self.num_lanes)
+        return Mixture(joined(list(stages.values())), self.num_lanes)
 
     def _told(self, mixture: Mixture) -> str:
         paths = {name: dataset.name for name, dataset in zip(self._names, self.datasets, strict=True)}

@@ -64,7 +64,7 @@ class PackedSequences:
         """How often the first `rows[lane]` sequences of each lane went through the data."""
         return sum(rows) / len(self._bins)
 
-    def census(self, rows: Sequence[int]) -> Census:
+    def census(self, rows: Sequence[int], named: np.ndarray) -> Census:
         """All documents, and what the first `rows[lane]` sequences of each lane made of them."""
         reached = min(count * self._num_lanes + lane for lane, count in enumerate(rows))
         ended = np.full(len(self._num_tokens), reached // len(self._bins))

@@ -55,7 +55,7 @@ def read(
     """Copy the pieces of each row into it; what they do not fill is padded with token 0, as a document of its own.
 
     `apart`: each piece begins anew, also where it is the rest of a document. Pieces of bad documents are 0, and each
-    place of them a beginning, so that none is a target. Raises UserError where `faults` allow no more (None: any)."""
+    place of them a beginning, so that none is a target. Raises UserError where `faults` allow none."""
     parts: list[np.ndarray] = []
     starts_B: list[list[int]] = []
     num_tokens_B: list[int] = []
@@ -70,8 +70,7 @@ def read(
             except BadDocument as bad:
                 if faults is None:
                     raise
-                dataset = datasets[source]
-                faults.skip(source, document, bad, dataset.name, lambda dataset=dataset: dataset.size_bytes)
+                faults.skip(source, document, bad, datasets[source].name)
                 parts.append(np.zeros(count, np.uint16))
                 starts += range(filled, filled + count)
             filled += count

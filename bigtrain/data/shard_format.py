@@ -33,6 +33,8 @@ from bigtrain.data.tokenizer import FILES
 FORMAT = "bigtrain shards"
 VERSION = 1
 INDEX = "index.json"
+_SMALLEST_SAMPLE_BYTES = 4 * 512
+"""Two members of a tar, each with a header and a block."""
 _SHA256 = r"[0-9a-f]{64}"
 _SHA256_FIELDS = ("sha256", "documents_sha256", "tokenizer")
 DOCUMENT_DTYPE = np.dtype(
@@ -87,7 +89,10 @@ class Index:
     @staticmethod
     def from_json(text: str) -> Index:
         """Raises ValueError for what is no index of this version."""
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deep") from error
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ValueError("it is not the index of a shard folder")
         if (version := values.pop("version", None)) != VERSION:
@@ -103,6 +108,10 @@ class Index:
             raise ValueError(f"its tokenizer_files are {str(files)[:80]!r}, not sha256 of {', '.join(FILES)}")
         for shard in index.shards:
             _check_values(shard)
+            if shard.num_documents * _SMALLEST_SAMPLE_BYTES > shard.size_bytes:
+                raise ValueError(
+                    f"{shard.num_documents} documents do not fit into the {shard.size_bytes} bytes of a tar"
+                )
             check_file(shard.file)
             check_file(shard.documents_file)
         return index

@@ -92,8 +92,8 @@ class Dataset:
 
     @property
     def size_bytes(self) -> int:
-        """Of all shards."""
-        return sum(shard.size_bytes for shard in self.index.shards)
+        """Of all tokens."""
+        return self.index.num_tokens * self._width
 
     @property
     def fingerprint(self) -> str:
@@ -202,7 +202,12 @@ class Dataset:
             dtype, shape = npy_header(header)
             if dtype != DOCUMENT_DTYPE or shape != (shard.num_documents,):
                 raise ValueError(f"it holds {shape} rows of {dtype}")
-            return raw[header.tell() :].view(DOCUMENT_DTYPE).reshape(shape)
+            rows = raw[header.tell() :].view(DOCUMENT_DTYPE).reshape(shape)
+            # The sizes are the order of the data; its sha256 is not read again in each start, its sums are.
+            sums = [int(rows[name].sum(dtype=np.int64)) for name in ("num_tokens", "text_bytes")]
+            if sums != [shard.num_tokens, shard.text_bytes] or rows["num_tokens"].min(initial=2) < 2:
+                raise ValueError(f"its documents have {sums} tokens and bytes, the index says otherwise")
+            return rows
         except (OSError, ValueError, EOFError) as error:
             raise UserError(
                 f"data {self.name}: {shard.documents_file} cannot be read: {error}. Build the folder again."

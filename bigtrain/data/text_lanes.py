@@ -94,17 +94,17 @@ class TextLanes:
         ]
         return float(np.mean(found)) if found else 0.0
 
-    def census(self, rows: Sequence[int]) -> Census:
+    def census(self, rows: Sequence[int], named: np.ndarray) -> Census:
         """All documents, and what the first `rows[lane]` sequences of each lane made of them. Opens every tar, and
-        tokenises every document of what was begun."""
-        numbers, sizes, ended = [], [], []
+        tokenises the documents that are `named` or must have been."""
+        numbers, sizes, ended, is_named = [], [], [], set(named.tolist())
         positions = [self._at(lane, row) for lane, row in enumerate(rows)]
         for tar in range(len(self._data.files)):
             for sample in range(self._data.num_documents(tar)):
                 position = positions[(sample - int(self._rotations[tar])) % self._num_lanes]
                 document = tar << 32 | sample
                 numbers.append(document)
-                sizes.append(self._num_tokens(document) if position.row else 0)
+                sizes.append(self._num_tokens(document) if position.epoch or document in is_named else 0)
                 ended.append(position.epoch)
         return Census(np.array(numbers, np.int64), np.array(sizes, np.int64), np.array(ended, np.int64))
 
@@ -156,7 +156,7 @@ class TextLanes:
         try:
             return len(self._data.tokens(document))
         except BadDocument as bad:
-            self._faults.skip(self._source, document, bad, self._data.name, lambda: self._data.size_bytes)
+            self._faults.skip(self._source, document, bad, self._data.name)
             return 0
 
     def _documents(self, lane: int, epoch: int, place: int) -> np.ndarray:

@@ -41,6 +41,10 @@ class MetricsFile:
         while line:
             line = line[os.write(self._file, line) :]
 
+    def sync(self) -> None:
+        """What was appended is on the disk when this returns."""
+        os.fsync(self._file)
+
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._file >= 0:

@@ -91,20 +91,21 @@ def fit(
             recorder.event("skipped", step=position.step, reason="the gradient norm is not finite")
         told, ending = stop.agreed(), position.step >= last
         if told:  # nothing comes before the save: who stops us may not wait
-            save(position, engine, saver, recorder)
+            save(position, engine, saver, recorder, ledger)
         if ending or due(position.step, config.eval.interval):
             for name, evaluator in evaluators.items():
                 recorder.evaluation(position.step, set=name, **evaluator.evaluate(engine).as_record())
             recorder.epochs(position.step, epochs(position.cursor.num_sequences))
         if not told and (ending or due(position.step, config.checkpoint.interval)):
-            save(position, engine, saver, recorder)
+            save(position, engine, saver, recorder, ledger)
         if told or ending:
             break
     return position
 
 
-def save(position: Position, engine: Engine, saver: Saver, recorder: Recorder) -> None:
+def save(position: Position, engine: Engine, saver: Saver, recorder: Recorder, ledger: LedgerFile) -> None:
     """Save the run where it is, and record how long that took. Collective."""
+    ledger.sync()
     seconds = saver.save(engine, position.step, position.cursor)
     recorder.event("checkpoint", step=position.step, seconds=round(seconds, 3))
 

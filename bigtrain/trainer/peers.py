@@ -3,13 +3,15 @@ ranks on where they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bigtrain.config.errors import UserError
+from bigtrain.data.faults import Skipped
 from bigtrain.data.loader import StepBatch
 from bigtrain.data.order import Cursor
 from bigtrain.data.text_lanes import Position
@@ -18,11 +20,15 @@ from bigtrain.distributed.start import Runtime
 _NUM_FIELDS = len(astuple(Position()))
 
 
-def agreed(batches: Iterable[StepBatch], runtime: Runtime) -> Iterator[StepBatch]:
+def agreed(
+    batches: Iterable[StepBatch], runtime: Runtime, allow: Callable[[Iterable[Skipped]], None]
+) -> Iterator[StepBatch]:
     """The batches, each once every rank has its own, and tensor and pipeline peers have the same. Collective.
 
-    Each peer reads the shards itself, maybe on another machine: tokens of two batches in one step would be trained on,
-    and nothing else would tell. Raises UserError on all ranks where one of them cannot read, or peers differ."""
+    `allow` is told, on every rank, of the bad documents that any data rank passed over, and raises UserError where they
+    are too many. Each peer reads the shards itself, maybe on another machine: tokens of two batches in one step would
+    be trained on, and nothing else would tell. Raises UserError on all ranks where one of them cannot read, bad
+    documents are too many, or peers differ."""
     peers = runtime.topology.tensor * runtime.topology.pipeline
     iterator = iter(batches)
     while True:
@@ -31,7 +37,10 @@ def agreed(batches: Iterable[StepBatch], runtime: Runtime) -> Iterator[StepBatch
             batch = next(iterator, None)
         except UserError as raised:
             error = raised
-        _raise_together(error, runtime)
+        said = _told(batch.skipped if batch is not None else (), error, runtime)
+        if errors := [each for each in said if isinstance(each, str)]:
+            raise UserError(errors[0]) from error
+        allow(skipped for each in said if not isinstance(each, str) for skipped in each)
         if batch is None:
             return
         if peers > 1 and batch.digest:
@@ -39,13 +48,17 @@ def agreed(batches: Iterable[StepBatch], runtime: Runtime) -> Iterator[StepBatch
         yield batch
 
 
-def _raise_together(error: UserError | None, runtime: Runtime) -> None:
-    """One rank's error on every rank, so that each ends by itself and says why. One small all-reduce, on the host."""
-    flag = torch.tensor([error is not None], dtype=torch.int32)
-    if runtime.all_reduce(flag, op=dist.ReduceOp.MAX).item():
-        said: list[str | None] = [None] * runtime.topology.world
-        dist.all_gather_object(said, None if error is None else str(error))
-        raise UserError(next(each for each in said if each is not None)) from error
+def _told(skipped: Sequence[Skipped], error: UserError | None, runtime: Runtime) -> Sequence[str | Sequence[Skipped]]:
+    """What the ranks have to say, and mostly none has: the error of a rank, or what its data rank passed over, told by
+    one of the peers. One small all-reduce, on the host."""
+    flag = torch.tensor([error is not None or bool(skipped)], dtype=torch.int32)
+    if not runtime.all_reduce(flag, op=dist.ReduceOp.MAX).item():
+        return []
+    tells = runtime.topology.tensor_rank == 0 and runtime.topology.stage == 0
+    mine: str | Sequence[Skipped] = str(error) if error is not None else tuple(skipped) if tells else ()
+    said: list[Any] = [None] * runtime.topology.world
+    dist.all_gather_object(said, mine)
+    return said
 
 
 def _compare(digest: int, runtime: Runtime) -> None:

@@ -12,6 +12,7 @@ import torch
 from bigtrain.config.derive import flops_per_token
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
+from bigtrain.data.ledger import Begin
 from bigtrain.distributed.start import Runtime, start, stop
 from bigtrain.engine.engine import Engine
 from bigtrain.model.build import DTYPES
@@ -61,7 +62,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         return stop()
     throughput = _throughput(config, runtime, console)
 
-    ledger = LedgerFile(run_dir, config, runtime.topology, resume_step=position.step)
+    ledger = LedgerFile(run_dir, config, runtime.topology, Begin(position.step, position.cursor.num_sequences))
     with (
         closing(ledger),
         Recorder(
@@ -77,7 +78,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             config,
             position,
             engine=engine,
-            batches=peers.agreed(data.batches(position.cursor), runtime),
+            batches=peers.agreed(data.batches(position.cursor), runtime, data.order.allow),
             evaluators=data.evaluators(),
             epochs=data.order.epochs,
             saver=saver,

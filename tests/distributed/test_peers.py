@@ -27,7 +27,7 @@ def told(config: Config, digests: list[list[str]]) -> list[str]:
     mine = (StepBatch((), cursor, 0.0, digest) for digest in digests[runtime.topology.rank])
     said: list[str] = []
     try:
-        said += [batch.digest for batch in peers.agreed(mine, runtime)]
+        said += [batch.digest for batch in peers.agreed(mine, runtime, lambda skipped: None)]
     except UserError as error:
         said.append(str(error))
     return said
@@ -64,7 +64,7 @@ def failing(config: Config, failing_rank: int) -> list[str]:
 
     said: list[str] = []
     try:
-        for batch in peers.agreed(mine(), runtime):
+        for batch in peers.agreed(mine(), runtime, lambda skipped: None):
             said.append(batch.digest)
     except UserError as error:
         said.append(str(error))

@@ -12,7 +12,7 @@ import pytest
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig, SourceConfig
 from bigtrain.data.faults import BadDocument, Faults
-from bigtrain.data.loader import microbatch
+from bigtrain.data.loader import cut as cut_rows
 from bigtrain.data.order import Order, training_order
 from bigtrain.data.shards import Dataset
 
@@ -70,9 +70,10 @@ def test_bad_documents_are_masked_and_the_others_as_they_were(copy: Path, built:
     bad: set[int] = set()
     for sequence in range(300):
         window, expected = damaged.sequence(sequence), sound.sequence(sequence)
+        (masked,), (unmasked,) = cut_rows(damaged.rows([sequence]), 1), cut_rows(sound.rows([sequence]), 1)
         assert [piece.document for piece in window.pieces] == [piece.document for piece in expected.pieces]
-        learned = microbatch([window]).loss_mask_BS[0].numpy()
-        learned_there = microbatch([expected]).loss_mask_BS[0].numpy()
+        learned = masked.loss_mask_BS[0].numpy()
+        learned_there = unmasked.loss_mask_BS[0].numpy()
         at = 0
         for piece in window.pieces:
             here = slice(at, at + piece.count)
@@ -89,7 +90,7 @@ def test_bad_documents_are_masked_and_the_others_as_they_were(copy: Path, built:
         assert np.array_equal(learned, learned_there), "nothing else is masked"
     skipped = damaged.faults.take()
     assert bad and {each.reason for each in skipped} == {reason}
-    assert len(skipped) == len(bad) == sum(damaged.faults.counts.values())
+    assert len(skipped) == len(bad)
     assert all(each.shard == whole.index.shards[number].file for each in skipped)
     in_shard = whole.index.shards[number].num_documents
     assert len(bad) <= {"flipped byte": 1, "cut short": in_shard - 3}.get(what, in_shard)
@@ -107,13 +108,30 @@ def test_none_is_allowed_by_default(copy: Path, what: str) -> None:
             order.sequence(sequence)
 
 
-def test_the_limit_counts_what_this_rank_reads() -> None:
-    """One of four data ranks meets a quarter of the documents, so a quarter of what is allowed is its limit."""
+def test_the_limit_counts_what_all_ranks_met() -> None:
     faults = Faults(0.1)
-    faults.share = 4
-    bad = [BadDocument("data", "x.tar", str(number), "damaged", 10) for number in range(4)]
-    for number in (0, 1, 1, 0):
-        faults.skip(0, number, bad[number], "data", lambda: 1000)
-    assert faults.counts == {"damaged": 2}
-    with pytest.raises(UserError, match=r"sample 2: damaged\. With it 30 bytes of 250 are bad, more than data"):
-        faults.skip(0, 2, bad[2], "data", lambda: 1000)
+    bad = [BadDocument("data", "x.tar", str(number), "damaged", 10) for number in range(3)]
+    for number in (0, 1, 1, 0, 2):
+        faults.skip(0, number, bad[number], "data")
+    first, second, third = faults.take()
+    assert faults.take() == ()
+    faults.allow([first, second], lambda source: 200)
+    with pytest.raises(UserError, match=r"sample 2: damaged\. With it 30 bytes of 200 are bad, more than data\.max"):
+        faults.allow([third], lambda source: 200)
+
+
+def test_half_of_the_documents_are_about_half_of_the_source(copy: Path) -> None:
+    """What is lost and what there is are counted in the same measure: tokens."""
+    dataset, order = Dataset.open(copy), order_of(copy, 0.6)
+    for number, shard in enumerate(dataset.index.shards):
+        for row in dataset.documents_of_shard(number)[::2]:
+            flip(copy / shard.file, row)
+    for sequence in range(2000):
+        order.sequence(sequence)
+    skipped = order.faults.take()
+    assert len(skipped) == sum((shard.num_documents + 1) // 2 for shard in dataset.index.shards)
+    share = sum(each.size_bytes for each in skipped) / dataset.size_bytes
+    assert 0.3 < share < 0.7
+    order.faults.max_fraction = share * 0.99
+    with pytest.raises(UserError, match="are bad, more than"):
+        order.allow(skipped)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from bigtrain.config.errors import UserError
+from bigtrain.data import audit as auditing
 from bigtrain.data import ledger
-from bigtrain.data.ledger import Entry, audit
+from bigtrain.data.audit import audit
+from bigtrain.data.ledger import Begin, Entry
 from bigtrain.data.loader import batches
 from bigtrain.data.order import Order, Source
 from bigtrain.data.shards import Dataset
@@ -89,6 +91,37 @@ def test_the_first_repeat_or_gap_is_named(order: Order, entries: list[Entry], wh
     assert early[78].step == 40 and early[78].data_rank == 0
     planted = sorted(plant(early), key=lambda entry: (entry.step, entry.data_rank))
     assert any(says in problem for problem in audit(order, planted).problems)
+
+
+def test_a_ledger_that_knows_less_than_a_checkpoint(order: Order, entries: list[Entry]) -> None:
+    """Its end may be lost with the machine."""
+    some = [entry for entry in entries if entry.step <= 20]
+    assert audit(order, some, saved_step=20).problems == []
+    (problem,) = audit(order, some, saved_step=24).problems
+    assert problem == "the ledger ends before step 21, but step 24 was trained: a checkpoint has it"
+    assert audit(order, []).problems == ["the ledger is empty"]
+
+
+def test_a_run_that_goes_on_from_another_runs_checkpoint(order: Order, entries: list[Entry], tmp_path: Path) -> None:
+    later = [entry for entry in entries if entry.step > 90]
+    begin = Begin(90, later[0].first)
+    found = audit(order, later, begin=begin)
+    assert found.problems == [] and found.steps == 209
+    assert any("step 1 is missing" in problem for problem in audit(order, later).problems)
+    (tmp_path / "ledger").mkdir()
+    assert ledger.read_begin(tmp_path) == Begin()
+    ledger.write_begin(tmp_path, begin)
+    assert ledger.read_begin(tmp_path) == begin
+    (tmp_path / "ledger" / "begin.json").write_text("{")
+    with pytest.raises(UserError, match=r"begin\.json: it does not say"):
+        ledger.read_begin(tmp_path)
+
+
+def test_what_follows_each_other_is_joined(order: Order, entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same proof from many small parts; and memory that does not grow with the run."""
+    expected = audit(order, entries)
+    monkeypatch.setattr(auditing, "_MANY_ROWS", 50)
+    assert audit(order, entries) == expected
 
 
 class Faulty(Order):

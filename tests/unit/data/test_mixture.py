@@ -107,6 +107,18 @@ def test_a_source_that_is_gone_is_not_needed_any_more(train: Dataset, valid: Dat
         one.pieces(1)
 
 
+def test_a_stage_that_changes_nothing_is_none(train: Dataset, valid: Dataset) -> None:
+    """A run may stop where it begins, and go on."""
+
+    def planned() -> Order:
+        return order(Source(train, 3.0, [(100 * S, 3.0), (200 * S, 1.0)]), Source(valid, 1.0, [(100 * S, 1.0)]))
+
+    for number in (99, 100, 101, 200):
+        again = planned()
+        assert not again.go_on_from(planned().cursor(number))
+    assert [stage.first for stage in planned().mixture.stages] == [0, 200]
+
+
 def test_the_same_data_twice(train: Dataset) -> None:
     with pytest.raises(UserError, match="hold the same data"):
         order(Source(train), Source(train))

@@ -88,6 +88,9 @@ class Ledger:
     def record(self, step: int, batch: Any) -> None:
         self.log.done.append(("ledger", step))
 
+    def sync(self) -> None:
+        pass
+
 
 def run(
     config: Config, *, start: int = 0, stop_at: int | None = None, sets: tuple[str, ...] = ("",)
