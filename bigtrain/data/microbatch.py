@@ -51,8 +51,7 @@ class Microbatch:
         first_targets: list[int] = []  # in the flat batch
         for row, (starts, num_tokens) in enumerate(zip(self.starts_B, self.num_tokens_B, strict=True)):
             first_targets += [row * length + start - 1 for start in starts if start]
-            if num_tokens <= length:
-                mask_BS[row, max(num_tokens - 1, 0) :] = False
+            mask_BS[row, num_tokens:] = False  # the place before is a start's: that of the padding
         mask_BS.reshape(-1)[first_targets] = False
         return torch.from_numpy(mask_BS)
 

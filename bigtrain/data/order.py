@@ -220,8 +220,7 @@ class Order:
 
     def sequence(self, number: int) -> Window:
         """Global sequence `number`, and what it is made of."""
-        pieces = self.pieces(number)
-        return rows.window(self._read([pieces]), pieces)
+        return rows.window(self._read([pieces := self.pieces(number)]), pieces)
 
     def _read(self, pieces_B: Sequence[Sequence[Piece]]) -> Rows:
         apart = self.pack != "concat"
