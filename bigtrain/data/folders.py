@@ -89,15 +89,17 @@ class RemoteFolder:
         max_bytes: int,
         size_bytes: int | None = None,
         hold: bool = True,
+        reserve_bytes: int | None = None,
         cancelled: threading.Event | None = None,
     ) -> np.ndarray:
+        """`reserve_bytes`: what the cache makes room for, where that is less than `max_bytes`."""
         expected = Expected(max_bytes, size_bytes, sha256)
         # A file without a known hash is kept by its place: what is there is taken not to change.
         place = hashlib.sha256(f"{self._location.text}\n{file}".encode()).hexdigest()
         return self.cache.map(
             sha256 or place,
             lambda out: remote.fetch(self._location, file, out, expected, policy=self._policy, cancelled=cancelled),
-            reserve_bytes=max_bytes,
+            reserve_bytes=min(reserve_bytes, self.cache.max_bytes // 4) if reserve_bytes else max_bytes,
             size_bytes=size_bytes,
             hold=hold,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -81,7 +81,7 @@ def batches(
     if num_workers == 0:
         return _inline(read)
     if order.is_streamed:  # in order, by one thread; the others tokenise for it
-        return _ahead(read, 1)
+        return _closing(_ahead(read, 1), order)
     steps = _ahead(read, num_workers)
     if any(dataset.is_remote for dataset in order.datasets):
         return with_read_ahead(steps, order, numbers, global_batch_size * order.sequence_length)
@@ -118,7 +118,7 @@ def _inline(read: _Read) -> Iterator[StepBatch]:
         step += 1
 
 
-def _ahead(read: _Read, num_workers: int) -> Iterator[StepBatch]:
+def _ahead(read: _Read, num_workers: int) -> Generator[StepBatch]:
     """The batches in order, with at most two steps a thread read ahead."""
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="data")
     pending: deque[Future[StepBatch]] = deque()
@@ -133,6 +133,16 @@ def _ahead(read: _Read, num_workers: int) -> Iterator[StepBatch]:
             yield _waited(batch, began)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _closing(steps: Generator[StepBatch], order: Order) -> Iterator[StepBatch]:
+    """`steps`; at their end, who still waits for a document is let go first."""
+    try:
+        for batch in steps:  # noqa: UP028 - `yield from` would end the steps before
+            yield batch
+    finally:
+        order.close()
+        steps.close()
 
 
 class _Read(Protocol):

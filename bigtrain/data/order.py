@@ -140,6 +140,12 @@ class Order:
             if isinstance(dataset, TextTars):
                 dataset.use_threads(number)
 
+    def close(self) -> None:
+        """End the threads that `use_threads` began."""
+        for dataset in self.datasets:
+            if isinstance(dataset, TextTars):
+                dataset.close()
+
     def allow(self, skipped: Iterable[Skipped]) -> None:
         """Count the bad documents that all data ranks passed over. Raises UserError where they are too many."""
         self.faults.allow(skipped, lambda source: self.datasets[source].size_bytes)

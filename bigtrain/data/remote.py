@@ -141,6 +141,9 @@ class _Attempt:
                 self._out.truncate(transfer.start)
                 self._out.seek(transfer.start)
                 self._check_size(transfer.total)
+                most = self._expected.max_bytes
+                if transfer.total is not None and transfer.total > most:
+                    raise Refused(f"it has {transfer.total:,} bytes, more than {most:,}: split it into smaller files")
                 self._copy(transfer)
         self._check_content()
 

@@ -81,6 +81,7 @@ class TextLanes:
             while position.row <= row:
                 found, position = self._window(lane, position)
             self._positions[lane], self._last[lane] = position, (row, found)
+            self._data.use(lane, found[-1].document)
             self._look_ahead(lane, position)
             return found
 
@@ -89,7 +90,7 @@ class TextLanes:
         that this process read, and how far they are."""
         found = [
             self._epochs_of(lane, position) * rows[lane] / position.row
-            for lane, position in self._positions.items()
+            for lane, position in self.positions.items()
             if position.row
         ]
         return float(np.mean(found)) if found else 0.0
@@ -118,8 +119,10 @@ class TextLanes:
         self._positions, self._last = dict(positions), {}
 
     def _epochs_of(self, lane: int, position: Position) -> float:
-        documents = self._documents(lane, position.epoch, position.tar)
-        tars = position.tar + position.document / max(len(documents), 1)
+        """Up to a position; to a part of a tar where the reader has not left that tar meanwhile."""
+        epoch, tar, documents = self._mine.get(lane, (-1, -1, np.zeros(0)))
+        is_here = (epoch, tar) == (position.epoch, position.tar) and len(documents)
+        tars = position.tar + (position.document / len(documents) if is_here else 0)
         return position.epoch + tars / len(self._data.files)
 
     def _at(self, lane: int, row: int) -> Position:
@@ -168,8 +171,9 @@ class TextLanes:
         first = (lane + int(self._rotations[tar])) % self._num_lanes
         mine = np.arange(first, self._data.num_documents(tar), self._num_lanes)
         order = np.argsort(draws(len(mine), (self._seed, epoch, tar, lane)), kind="stable")
-        self._mine[lane] = (epoch, place, mine[order] + (tar << 32))
-        return self._mine[lane][2]
+        documents = mine[order] + (tar << 32)
+        self._mine[lane] = (epoch, place, documents)
+        return documents
 
     def _tars(self, epoch: int) -> np.ndarray:
         """The tars in the epoch's order. The newest two epochs are kept."""
@@ -181,7 +185,7 @@ class TextLanes:
 
     def _look_ahead(self, lane: int, position: Position) -> None:
         """Have tokenised what the next sequence needs, and the next tar opened."""
-        documents = self._documents(lane, position.epoch, position.tar)[position.document :]
+        documents = self._documents(lane, position.epoch, position.tar)[position.document + 1 :]
         wanted = self._size * _AHEAD_BYTES_PER_TOKEN
         sizes = itertools.accumulate(self._data.text_bytes(int(document)) for document in documents)
         count = 1 + sum(1 for _ in itertools.takewhile(lambda size: size < wanted, sizes))

@@ -7,13 +7,15 @@ is known only then, and the order (text_lanes.py) is kept by position, not by ar
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import itertools
 import os
+import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,9 @@ from bigtrain.config import locations
 from bigtrain.config.errors import UserError
 from bigtrain.data import encoding
 from bigtrain.data.faults import BadDocument
-from bigtrain.data.folders import Folder, LocalFolder, Places, allow_open_files
+from bigtrain.data.folders import Folder, LocalFolder, Places, RemoteFolder, allow_open_files
 from bigtrain.data.formats import FORMATS, Drop
+from bigtrain.data.remote import Cancelled
 from bigtrain.data.shard_format import INDEX
 from bigtrain.data.tar_scan import JSON, Sample, scan
 from bigtrain.data.tokenizer import Tokenizer
@@ -35,16 +38,19 @@ ENDING = ".tar"
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _MOST_TARS = 1 << 22
 _LARGEST_REMOTE_TAR_BYTES = 8 << 30
-_KEPT_TARS = 64
+_USUAL_REMOTE_TAR_BYTES = 1 << 30
+"""For which the cache makes room before the size is known."""
+_KEPT_TARS = 16
 _KEPT_TOKENS_BYTES = 256 << 20
+_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Tar:
-    """One tar, open."""
+    """One tar, its headers read."""
 
-    raw: np.ndarray
-    """uint8[size]"""
+    raw: np.ndarray | None
+    """uint8[size]; None of a remote one, which the cache may let go meanwhile."""
     samples: list[Sample]
 
 
@@ -69,14 +75,17 @@ class TextTars:
         self.tokenizer, self._folder, self._field = tokenizer, folder, field
         self._sizes = _sizes_of(folder, self.files)
         self._tars: OrderedDict[int, Future[Tar]] = OrderedDict()
-        self._tokens: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
+        self._tokens: OrderedDict[int, Future[np.ndarray | BadDocument]] = OrderedDict()
+        self._in_use: dict[int, int] = {}
         self._held_bytes = 0
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
-        tars = itertools.chain(*zip(files, map(str, self._sizes), strict=True))
-        parts = ["text", tokenizer.fingerprint if tokenizer else "", field, *tars]
+        self._opener: _Opener | None = None
+        self._stopped = threading.Event()
+        parts = ["text", tokenizer.fingerprint if tokenizer else "", field, *_told(folder, self.files, self._sizes)]
         self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        """Of the names of the tars, their sizes where they lie on a disk, and the tokenizer (hex)."""
+        """Of the tokenizer and the tars: their names, and where they lie on a disk sizes and some of the content, else
+        where they lie (hex)."""
 
     @staticmethod
     def open(path: str, tokenizer: Tokenizer | None, *, places: Places | None = None, field: str = "text") -> TextTars:
@@ -95,8 +104,18 @@ class TextTars:
         return sum(self._sizes)
 
     def use_threads(self, number: int) -> None:
-        """Tokenise documents that will be needed soon on so many threads."""
-        self._pool = ThreadPoolExecutor(number, thread_name_prefix="tokenise") if number else None
+        """Tokenise documents that will be needed soon on so many threads, and open tars on another, until `close`."""
+        if number:
+            self._pool = ThreadPoolExecutor(number, thread_name_prefix="tokenise")
+            self._opener = _Opener(self._open_ahead, self._stopped)
+
+    def close(self) -> None:
+        """End the threads, and give up what is being fetched: who waits for it gets Cancelled. It can still be read."""
+        pool, stopped = self._pool, self._stopped
+        self._pool, self._opener, self._stopped = None, None, threading.Event()
+        stopped.set()
+        if pool is not None:
+            pool.shutdown(wait=False)
 
     def num_documents(self, shard: int) -> int:
         """Of one tar, bad ones counted. Raises UserError where it cannot be fetched or read."""
@@ -112,9 +131,14 @@ class TextTars:
             found = self._tokens.get(document)
             if found is not None:
                 self._tokens.move_to_end(document)
-        if found is None:
-            found = self._begin(document, None)
-        return found.result()[start:stop]
+        tokens = (found or self._begin(document, None)).result()
+        if isinstance(tokens, BadDocument):
+            raise BadDocument(self.name, tokens.shard, tokens.sample, tokens.reason, tokens.size_bytes)
+        return tokens[start:stop]
+
+    def use(self, lane: int, document: int) -> None:
+        """A lane is in this document: its tokens are kept until the lane is in another."""
+        self._in_use[lane] = document
 
     def prefetch(self, documents: Iterable[int]) -> None:
         """Tokenise documents that will be asked for next, where there are threads for it."""
@@ -124,9 +148,9 @@ class TextTars:
                     self._begin(document, self._pool)
 
     def prefetch_tar(self, shard: int) -> None:
-        """Open a tar that will be asked for next."""
-        if self._pool is not None and shard not in self._tars:
-            self._pool.submit(self._tar, shard)
+        """Open a tar that will be asked for next, where there is a thread for it."""
+        if self._opener is not None and shard not in self._tars:
+            self._opener.wanted.put(shard)
 
     def text_bytes(self, document: int) -> int:
         """Size of the document in the tar, about that of its text."""
@@ -141,36 +165,46 @@ class TextTars:
         _, sample = self._sample(document)
         return sample.key, {"source": self.file_of(document), "text_bytes": sample.size}
 
-    def _begin(self, document: int, pool: ThreadPoolExecutor | None) -> Future[np.ndarray]:
+    def _begin(self, document: int, pool: ThreadPoolExecutor | None) -> Future[np.ndarray | BadDocument]:
         """Tokenise it: on the pool, or at once. Only one does it for all who ask."""
-        mine: Future[np.ndarray] = Future()
+        mine: Future[np.ndarray | BadDocument] = Future()
         with self._lock:
             found = self._tokens.setdefault(document, mine)
         if found is mine:
             if pool is None:
                 self._tokenize_into(document, mine)
             else:
-                pool.submit(self._tokenize_into, document, mine)
+                pool.submit(self._tokenize_into, document, mine, self._stopped)
         return found
 
-    def _tokenize_into(self, document: int, result: Future[np.ndarray]) -> None:
+    def _tokenize_into(
+        self, document: int, result: Future[np.ndarray | BadDocument], stopped: threading.Event | None = None
+    ) -> None:
         try:
-            tokens = self._tokenize(document)
+            if stopped is not None and stopped.is_set():
+                raise Cancelled
+            tokens: np.ndarray | BadDocument = self._tokenize(document)
+        except BadDocument as bad:
+            tokens = BadDocument(self.name, bad.shard, bad.sample, bad.reason, bad.size_bytes)  # without its frames
         except BaseException as error:
             result.set_exception(error)
-            if not isinstance(error, BadDocument):
-                with self._lock:
-                    self._tokens.pop(document, None)
+            with self._lock:
+                self._tokens.pop(document, None)
             return
         result.set_result(tokens)
         with self._lock:
-            self._held_bytes += tokens.nbytes
-            while self._held_bytes > _KEPT_TOKENS_BYTES and len(self._tokens) > 1:
-                oldest, future = next(iter(self._tokens.items()))
-                if oldest == document or not future.done():
-                    break
-                del self._tokens[oldest]
-                self._held_bytes -= 0 if future.exception() else future.result().nbytes
+            self._held_bytes += _size_of(result)
+            if self._held_bytes > _KEPT_TOKENS_BYTES:
+                self._let_go({document, *self._in_use.values()})
+
+    def _let_go(self, kept: set[int]) -> None:
+        """Forget the tokens that were used least recently, but those of `kept` documents."""
+        for document, future in list(self._tokens.items()):
+            if self._held_bytes <= _KEPT_TOKENS_BYTES:
+                return
+            if document not in kept and future.done():
+                del self._tokens[document]
+                self._held_bytes -= _size_of(future)
 
     def _tokenize(self, document: int) -> np.ndarray:
         assert self.tokenizer is not None
@@ -182,7 +216,8 @@ class TextTars:
         try:
             if sample.reason:
                 raise Drop(sample.reason)
-            raw = tar.raw[sample.start : sample.start + sample.size].tobytes()
+            tar_bytes = self._map(self.shard_of(document)) if tar.raw is None else tar.raw
+            raw = tar_bytes[sample.start : sample.start + sample.size].tobytes()
             text = FORMATS[".jsonl" if sample.kind == JSON else "text"].text(raw, self._field)
             if not text or text.isspace():
                 raise Drop("empty")
@@ -211,14 +246,58 @@ class TextTars:
                 mine.set_exception(error)
         return found.result()
 
+    def _open_ahead(self, shard: int) -> None:
+        with contextlib.suppress(UserError, Cancelled):  # who needs the tar will be told
+            self._tar(shard)
+
     def _open(self, shard: int) -> Tar:
-        file = self.files[shard]
+        raw = self._map(shard)
+        self._sizes[shard] = len(raw)
+        return Tar(None if self.is_remote else raw, scan(raw))
+
+    def _map(self, shard: int) -> np.ndarray:
+        file, folder, most = self.files[shard], self._folder, _LARGEST_REMOTE_TAR_BYTES
         try:
-            raw = self._folder.map(file, sha256=None, max_bytes=_LARGEST_REMOTE_TAR_BYTES)
+            if isinstance(folder, RemoteFolder):
+                usual = _USUAL_REMOTE_TAR_BYTES
+                return folder.map(file, sha256=None, max_bytes=most, reserve_bytes=usual, cancelled=self._stopped)
+            return folder.map(file, sha256=None, max_bytes=most)
         except OSError as error:
             raise UserError(f"data {self.name}: {file}: {error.strerror or error}.") from error
-        self._sizes[shard] = len(raw)
-        return Tar(raw, scan(raw))
+
+
+class _Opener(threading.Thread):
+    """Opens tars, one behind the other. A daemon: a server that stalls does not keep the process from ending."""
+
+    def __init__(self, work: Callable[[int], None], stopped: threading.Event) -> None:
+        super().__init__(name="open-tars", daemon=True)
+        self.wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._work, self._stopped = work, stopped
+        self.start()
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            with contextlib.suppress(queue.Empty):
+                self._work(self.wanted.get(timeout=0.5))
+
+
+def _size_of(future: Future[np.ndarray | BadDocument]) -> int:
+    """Bytes of its tokens."""
+    tokens = None if future.exception() else future.result()
+    return tokens.nbytes if isinstance(tokens, np.ndarray) else 0
+
+
+def _told(folder: Folder, files: Sequence[str], sizes: Sequence[int]) -> Iterator[str]:
+    """What tells these tars from others."""
+    if not isinstance(folder, LocalFolder):
+        yield from (folder.name, *files)
+        return
+    for file, size in zip(files, sizes, strict=True):
+        with (folder.path / file).open("rb") as tar:
+            digest = hashlib.sha256(tar.read(_SAMPLE_BYTES))
+            tar.seek(size // 2)
+            digest.update(tar.read(_SAMPLE_BYTES))
+        yield f"{file} {size} {digest.hexdigest()}"
 
 
 def _expand(path: str, places: Places) -> tuple[Folder, list[str]]:

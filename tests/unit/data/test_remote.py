@@ -164,7 +164,7 @@ def test_damage_is_not_taken(server: FaultyServer) -> None:
 
 
 def test_no_server_fills_the_disk(server: FaultyServer) -> None:
-    with pytest.raises(UserError, match="more than 1000 bytes came"):
+    with pytest.raises(UserError, match="has 700,000 bytes, more than 1,000: split it"):
         fetch(server, Expected(1000))
 
 
