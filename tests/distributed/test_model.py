@@ -34,6 +34,12 @@ def row(tokens: torch.Tensor, starts: list[int]) -> Microbatch:
     return batch
 
 
+class CountingOn(Microbatch):
+    """Its positions know no documents."""
+
+    positions_BS = torch.arange(LENGTH)[None]  # pyright: ignore[reportAssignmentType]
+
+
 def logits(config: Config, batches: list[Microbatch], boundaries_of_rows: bool = False) -> list[torch.Tensor]:
     """On a rank: [B, S, V / tensor] of each microbatch. `boundaries_of_rows`: also where one document fills the row."""
     from bigtrain.distributed.rng import seed_step
@@ -98,7 +104,7 @@ def test_positions_begin_anew_with_each_document(pool: PoolFactory, model: str) 
     """A document reads the same wherever it stands in its row."""
     packed = row(tokens(1), [0, SECOND])
     alone = row(tokens(1)[SECOND:], [0])
-    counting_on = replace(packed, positions_BS=torch.arange(LENGTH)[None])
+    counting_on = CountingOn(packed.tokens_BS, packed.targets_BS, packed.starts_B, packed.num_tokens_B)
     config = small.config(MODELS[model])
     first, second, third = pool(1).run(logits, config, [packed, alone, counting_on])[0]
     torch.testing.assert_close(first[:, SECOND:], second, atol=2e-6, rtol=2e-6)
