@@ -8,8 +8,10 @@ from fractions import Fraction
 import numpy as np
 
 from bigtrain.config import evaluation_sets
+from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig
 from bigtrain.data import rows, shards
+from bigtrain.data.faults import BadDocument
 from bigtrain.data.folders import Places
 from bigtrain.data.lanes import Piece
 from bigtrain.data.mixture import Pattern
@@ -57,6 +59,18 @@ class HeldOut:
             pieces.append(Piece(source, document, start - first, end - start))
             start, document = end, document + 1
         return pieces
+
+    def check(self) -> None:
+        """Raises UserError where a document on a disk is damaged: better at the start than in the first evaluation, on
+        one rank. Remote ones are checked when they are fetched."""
+        try:
+            for number in range(self.num_sequences):
+                for piece in self.pieces(number):
+                    dataset = self.datasets[piece.source]
+                    if not dataset.is_remote:
+                        dataset.tokens(piece.document, 0, 0)
+        except BadDocument as bad:
+            raise UserError(f"{bad} It is evaluated, so it cannot be skipped. See tools/shards.py verify.") from bad
 
     def predicted_tokens(self) -> np.ndarray:
         """int64[n]: every token that the evaluation predicts: targets but padding and first tokens of documents."""

@@ -180,7 +180,8 @@ class Order:
             raise UserError(
                 f"data.train is not the mixture of the checkpoint. Its mixture was:\n{self._told(cursor.mixture)}\n"
                 f"this run's is:\n{self._told(self.mixture)}\nSet it back, or go on with the new one from sequence "
-                f"{cursor.num_sequences:,} on, without repeating what was consumed: data.on_change=accept."
+                f"{cursor.num_sequences:,} on, without repeating what was consumed: data.on_change=accept. Data of "
+                "which files were added, removed or built again count as other data, and begin anew."
             )
         self.mixture = merged
         self._kept = {name: lanes for name, lanes in cursor.positions.items() if name not in self._names}

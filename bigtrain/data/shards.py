@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import os
+import tarfile
 import threading
 import zlib
 from bisect import bisect_right
@@ -146,7 +147,11 @@ class Dataset:
         """(key, metadata) of a document: its name in the tar, and {"source": ..., "text_bytes": ...}."""
         shard = self.shard_of(document)
         row = self._documents[shard][document - self._starts[shard]]
-        return metadata_at(io.BytesIO(self.tar(shard)[int(row["sample"]) : int(row["tokens_at"])].tobytes()))
+        try:
+            return metadata_at(io.BytesIO(self.tar(shard)[int(row["sample"]) : int(row["tokens_at"])].tobytes()))
+        except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+            place = f"{self.index.shards[shard].file}: document {document} (byte {int(row['sample']):,})"
+            raise UserError(f"data {self.name}: {place}: its name cannot be read: {error}.") from error
 
     def documents_of_shard(self, shard: int) -> np.ndarray:
         """The index rows (DOCUMENT_DTYPE) of one shard."""

@@ -278,7 +278,8 @@ class _Opener(threading.Thread):
     def run(self) -> None:
         while not self._stopped.is_set():
             with contextlib.suppress(queue.Empty):
-                self._work(self.wanted.get(timeout=0.5))
+                shard = self.wanted.get(timeout=0.5)
+                self._work(shard)
 
 
 def _size_of(future: Future[np.ndarray | BadDocument]) -> int:

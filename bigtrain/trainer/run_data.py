@@ -38,6 +38,8 @@ class RunData:
         if config.data.valid:
             wanted = sequences_of_evaluation(config)
             valid = held_out(config.data, sequence_length=length, max_sequences=wanted, tokenizer=tokenizer)
+            for sequences in valid.values():
+                sequences.check()
         return RunData(config, topology, order, valid, tokenizer)
 
     def batches(self, start: Cursor) -> Iterator[StepBatch]:

@@ -113,3 +113,32 @@ def test_a_damaged_shard_stops_the_run_or_is_masked(data: Path, tmp_path: Path) 
     assert "its tokens are damaged" in audited(run_dir)
     (event,) = [event for event in records(run_dir, "event") if event["name"] == "bad_documents"]
     assert list(event["skipped"].values()) == [1]
+
+
+def test_another_mixture_in_the_middle_of_a_run(data: Path, tmp_path: Path) -> None:
+    """Refused unless it is accepted; then the run goes on, may be stopped again, and is proven as a whole."""
+    config = with_text(tmp_path / "run", data, ParallelConfig(zero_stage=0))
+    run_dir = run_well(replace(config, train=replace(config.train, stop_after=HALF)))
+    shards, text = config.data.train
+    other = replace(config, data=replace(config.data, train=[replace(shards, weight=3.0), replace(text, weight=1.0)]))
+    attempt = run(other)
+    assert attempt.status == 2 and "data.on_change=accept" in attempt.output
+    accepted = replace(other, data=replace(other.data, on_change="accept"))
+    run_well(replace(accepted, train=replace(accepted.train, stop_after=HALF + 6)))
+    run_well(other)
+    assert "proven" in audited(run_dir)
+
+
+def test_a_run_that_begins_with_another_runs_checkpoint(data: Path, tmp_path: Path) -> None:
+    config = with_text(tmp_path / "first", data, ParallelConfig(zero_stage=0))
+    first = run_well(replace(config, train=replace(config.train, stop_after=HALF)))
+    config = with_text(tmp_path / "second", data, ParallelConfig(zero_stage=0))
+    second = run_well(replace(config, checkpoint=replace(config.checkpoint, resume=str(first))))
+    said = audited(second)
+    assert "proven" in said and f"{STEPS - HALF} steps" in said
+    shown = [
+        subprocess.run([*BATCHES, "show", str(second), "--step", step], capture_output=True, text=True, timeout=60)
+        for step in (str(HALF), str(HALF + 1))
+    ]
+    assert shown[0].returncode == 2 and f"the run began with step {HALF + 1}" in shown[0].stderr
+    assert f"global sequences {8 * HALF} to" in shown[1].stdout

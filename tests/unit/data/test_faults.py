@@ -12,6 +12,7 @@ import pytest
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig, SourceConfig
 from bigtrain.data.faults import BadDocument, Faults
+from bigtrain.data.held_out import HeldOut
 from bigtrain.data.loader import cut as cut_rows
 from bigtrain.data.order import Order, training_order
 from bigtrain.data.shards import Dataset
@@ -135,3 +136,33 @@ def test_half_of_the_documents_are_about_half_of_the_source(copy: Path) -> None:
     order.faults.max_fraction = share * 0.99
     with pytest.raises(UserError, match="are bad, more than"):
         order.allow(skipped)
+
+
+def test_held_out_documents_are_checked_at_the_start(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "valid", tmp_path / "valid")
+    dataset = Dataset.open(tmp_path / "valid")
+    HeldOut([dataset], sequence_length=S).check()
+    flip(tmp_path / "valid" / dataset.index.shards[0].file, dataset.documents_of_shard(0)[-1])
+    damaged = Dataset.open(tmp_path / "valid")
+    with pytest.raises(UserError, match=r"sample .*damaged.* It is evaluated, so it cannot be skipped\."):
+        HeldOut([damaged], sequence_length=S).check()
+    HeldOut([damaged], sequence_length=S, max_sequences=1).check()  # what is not evaluated is no matter
+
+
+@pytest.mark.parametrize(("name", "change"), [("num_tokens", 1), ("num_tokens", -3), ("text_bytes", 4)])
+def test_sizes_that_are_not_those_of_the_index(copy: Path, name: str, change: int) -> None:
+    """They are the order of the data: a flipped bit would deal it anew."""
+    path = copy / Dataset.open(copy).index.shards[0].documents_file
+    rows = np.load(path)
+    rows[name][1] = int(rows[name][1]) + change
+    np.save(path, rows)
+    with pytest.raises(UserError, match=r"shard-000000\.idx\.npy cannot be read: its documents have"):
+        Dataset.open(copy)
+
+
+def test_a_damaged_name_is_an_error_of_its_own(copy: Path) -> None:
+    dataset = Dataset.open(copy)
+    with (copy / dataset.index.shards[0].file).open("r+b") as file:
+        file.write(b"\xff" * 600)
+    with pytest.raises(UserError, match=r"shard-000000\.tar: document 0 \(byte 0\): its name cannot be read"):
+        Dataset.open(copy).describe(0)

@@ -7,6 +7,9 @@ import itertools
 import json
 import subprocess
 import tarfile
+import threading
+import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.schema import DataConfig, SourceConfig
 from bigtrain.data import encoding, ledger, text_lanes, text_tars
 from bigtrain.data.audit import audit
-from bigtrain.data.faults import Faults
+from bigtrain.data.faults import BadDocument, Faults
 from bigtrain.data.loader import batches
 from bigtrain.data.order import Cursor, Order, Source, training_order
 from bigtrain.data.shards import Dataset
@@ -413,3 +416,77 @@ def test_tokens_beyond_the_vocabulary(built: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps({**index, "vocab_size": 100}))
     with pytest.raises(UserError, match="tokens beyond the vocabulary's 100"):
         Dataset.open(tmp_path / "train").tokens(0)
+
+
+# What it keeps and lets go
+
+
+def test_tars_are_told_by_content_and_place(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Tars are padded, so sizes agree easily; and names do."""
+    for name, text in {"web": b"one", "code": b"two"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").write_bytes(tar_of({"a.txt": text}))
+    web, code = (TextTars.open(str(tmp_path / name), tokenizer) for name in ("web", "code"))
+    assert web.size_bytes == code.size_bytes and web.fingerprint != code.fingerprint
+    (tmp_path / "web").rename(tmp_path / "moved")
+    assert TextTars.open(str(tmp_path / "moved"), tokenizer).fingerprint == web.fingerprint
+    places = ["s3://bucket/web/{0..9}.tar", "s3://bucket/code/{0..9}.tar", "https://h/web/{0..9}.tar?sig=$SIGNATURE"]
+    assert len({TextTars.open(place.split("?")[0], tokenizer).fingerprint for place in places}) == 3
+
+
+def test_the_documents_of_all_lanes_are_kept(tars: TextTars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes take turns; where their documents are more than the limit, each would be tokenised for every sequence."""
+    monkeypatch.setattr(text_tars, "_KEPT_TOKENS_BYTES", 100)
+    lanes, counted = lanes_of(tars, 8), Counter[int]()
+    really = tars._tokenize
+
+    def counting(document: int) -> np.ndarray:
+        counted[document] += 1
+        return really(document)
+
+    monkeypatch.setattr(tars, "_tokenize", counting)
+    for row in range(6):
+        for lane in range(8):
+            for piece in lanes.pieces(lane, row):
+                tars.tokens(piece.document, piece.start, piece.start + piece.count)
+    begun = {document for document in counted}
+    assert sum(counted.values()) <= 2 * len(begun), counted
+    assert tars._held_bytes <= 100 + sum(len(tars.tokens(document)) * 2 for document in tars._in_use.values())
+
+
+def test_a_bad_document_holds_no_memory(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_of({f"{n}.txt": b"\xff" * 1_000_000 for n in range(40)}))
+    tars = TextTars.open(str(tmp_path / "x.tar"), tokenizer)
+    tracemalloc.start()
+    for document in range(40):
+        for _ in range(2):
+            with pytest.raises(BadDocument, match=f"sample {document}: not UTF-8"):
+                tars.tokens(document)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 2_000_000
+
+
+def test_the_end_waits_for_nothing(folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tar that is still on its way, and is not wanted any more."""
+    tars = TextTars.open(str(folder), tokenizer)
+    order = order_of(tars)
+    steps = batches(
+        order, data_rank=0, data_size=1, global_batch_size=4, micro_batch_size=1, start=order.start(), num_workers=2
+    )
+    next(steps)
+    began, released = threading.Event(), threading.Event()
+
+    def stalls(shard: int) -> None:
+        began.set()
+        released.wait(30)
+
+    assert tars._opener is not None
+    monkeypatch.setattr(tars._opener, "_work", stalls)
+    tars._opener.wanted.put(0)
+    assert began.wait(5)
+    start = time.monotonic()
+    steps.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert time.monotonic() - start < 5
+    released.set()
+    assert tars._pool is None and len(tars.tokens(0)) > 2, "it can still be read"
