@@ -104,8 +104,9 @@ def is_remote(text: str) -> bool:
 
 
 def local(text: str) -> str:
-    """The path on a disk that `text` names: of file:// the path alone. It names no other place."""
-    return parse(text).text if _SCHEME.match(text) else text
+    """The path on a disk that `text`, which names no other place, names: of file:// the path alone."""
+    match = _SCHEME.match(text)
+    return unquote(text[match.end() :]) if match else text
 
 
 def literal_secret(text: str) -> str | None:

@@ -202,3 +202,9 @@ def test_a_config_names_places() -> None:
     assert "data.train.0.path=https://***@host/x: a password is written out" in found
     assert "tokenizer.path=https://host/x?***: a signature or a key in its query string is written out" in found
     assert NEVER_SHOWN not in found
+
+
+@pytest.mark.parametrize(("text", "path"), [("a/b", "a/b"), ("file:///a/b%20c", "/a/b c"), ("file://a", "a"), ("", "")])
+def test_the_path_of_a_place_on_a_disk(text: str, path: str) -> None:
+    """Also of one that is badly written, which `parse` refuses."""
+    assert locations.local(text) == path
