@@ -73,7 +73,10 @@ def _with_paths(config: Config, cwd: Path) -> Config:
         if not path or locations.is_remote(path):
             return path
         if path.startswith("file://"):
-            path = locations.parse(path).text
+            try:
+                path = locations.parse(path).text
+            except ValueError:
+                return path  # the check of the config says what is wrong with it
         return os.path.normpath(cwd / Path(path).expanduser())
 
     def sources(entries: list[SourceConfig]) -> list[SourceConfig]:

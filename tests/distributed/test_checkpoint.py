@@ -19,6 +19,7 @@ Pieces = dict[str, list[tuple[str, torch.Size, tuple[int, ...], torch.Tensor]]]
 
 def train_and_save(config: Config, root: Path, num_steps: int, more_steps: int) -> tuple[Pieces, list[float]]:
     """On a rank: steps, a save, the state at the save, and the losses of the steps after it."""
+    from bigtrain.checkpoint import folder as folders
     from bigtrain.checkpoint import store
     from bigtrain.distributed.start import start
     from bigtrain.engine import state
@@ -27,7 +28,7 @@ def train_and_save(config: Config, root: Path, num_steps: int, more_steps: int) 
     engine = Engine(config, start(config))
     _steps(engine, 0, num_steps)
     fragments = state.fragments(engine)
-    store.save(root, num_steps, fragments, {"format": 1, "step": num_steps}, keep=2)
+    store.save(root, num_steps, fragments, {"format": folders.FORMAT, "step": num_steps}, keep=2)
     saved = {kind: small.pieces(fragments, kind) for kind in KINDS}
     return saved, _steps(engine, num_steps, more_steps)
 

@@ -54,7 +54,7 @@ def test_gpus_that_are_visible(
 
 
 def test_paths_are_absolute_from_where_the_command_was_given() -> None:
-    paths = ["x/../y", "/z", "file:///my%20text", "s3://bucket/z", "https://h/../z", "pipe:cat z/{file}"]
+    paths = ["x/../y", "/z", "file:///my%20text", "s3://bucket/z", "https://h/../z", "pipe:cat z/{file}", "file://no"]
     config = Config(
         run=RunConfig(dir="runs/a"),
         data=DataConfig(train=[SourceConfig(path) for path in paths], cache=CacheConfig("cache")),
