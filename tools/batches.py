@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bigtrain import config as configs
 from bigtrain.checkpoint import folder as checkpoints
-from bigtrain.config.errors import UserError
+from bigtrain.config.errors import UserError, exit_status
 from bigtrain.config.schema import Config
 from bigtrain.data import ledger
 from bigtrain.data.audit import Audit, audit
@@ -34,13 +34,7 @@ contradicts the data."""
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: options.run(options))
 
 
 def show_command(options: argparse.Namespace) -> int:

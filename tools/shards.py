@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bigtrain.config import locations
-from bigtrain.config.errors import UserError
+from bigtrain.config.errors import UserError, exit_status
 from bigtrain.data.build import SHARD_TOKENS, BuildOptions, build
 from bigtrain.data.faults import BadDocument
 from bigtrain.data.progress import bar
@@ -45,14 +45,8 @@ is the same, byte for byte."""
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; a build goes on where it was when the same command is given again", file=sys.stderr)
-        return 130
+    stopped = "stopped; a build goes on where it was when the same command is given again"
+    return exit_status(lambda: options.run(options), stopped)
 
 
 def build_command(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bigtrain.config.errors import UserError
+from bigtrain.config.errors import exit_status
 from bigtrain.data import readers
 from bigtrain.data import tokenizer_training as training
 from bigtrain.data.prepare import training_texts
@@ -21,22 +21,17 @@ EXAMPLES = """examples:
   python tools/tokenizer.py inspect gpt2/tokenizer.json
   python tools/tokenizer.py inspect cl100k_base.tiktoken
 
-One that it trains gives back every byte of any UTF-8 text, and the same inputs and options give the same file. Files
-ending in .jsonl and .jsonl.gz hold a document a line, any other file is one document, or above 256 KiB many, cut at
-blank lines."""
+One that it trains gives back every byte of any UTF-8 text, and the same inputs and options give the same file. A
+line of .jsonl and a row of .parquet is a document, any other file is one, or above 256 KiB many, cut at blank lines;
+.jsonl and .txt may be packed (.gz, .zst), and each may be a URL."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: options.run(options), "stopped; nothing was written")
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace) -> int:
     files = readers.find_files(options.inputs, options.exclude)
     texts = training_texts(files, field=options.field, held_out=options.held_out, progress=True)
     sample_bytes = None if options.sample_mb is None else options.sample_mb * 1_000_000
@@ -50,11 +45,13 @@ def train(options: argparse.Namespace) -> None:
     )
     training.save(model, options.out)
     print(f"wrote {options.out}: {options.kind}, {options.vocab_size} pieces, from {len(files)} files")
+    return 0
 
 
-def inspect(options: argparse.Namespace) -> None:
+def inspect(options: argparse.Namespace) -> int:
     for name, value in describe(Tokenizer.load(options.file), options.text, specials=options.specials):
         print(f"{name:<16} {value}")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,10 +11,12 @@
 `folders`    the files of a shard folder, on a disk or remote: `remote` fetches them (`transports`), `cache` keeps them
 `order`      which tokens are in global sequence i: a function of (data, seed, lanes, sequence length). `mixture` finds
              the source, `lanes`, `packing` or `text_lanes` the documents
-`ledger`     what each data rank was fed, and the audit of it
+`rows`       pieces of documents -> rows of tokens, copied once
+`microbatch` what one forward pass eats
 `loader`     sequences -> the microbatches of one data rank, read ahead by threads; the cursor travels with them
+`ledger`     what each data rank was fed; `audit` proves from it that nothing was repeated or left out
 `baseline`   what a model that knows only word frequencies would score
 `prepare`    what `bigtrain.launch` runs first: make the tokenizer and the shards that a config asks for
 
-Only `loader` needs torch. `build` loads it too, through webdataset, in the moment in which it writes tars.
+Only `loader` and `microbatch` need torch. `build` loads it too, through webdataset, in the moment in which it writes tars.
 """

@@ -144,6 +144,9 @@ def rounds(options: argparse.Namespace, *, mixture: bool) -> dict[str, dict[int,
     """Results by contender and number of workers, one a round."""
     from data_contenders import CONTENDERS
 
+    if unknown := set(options.contenders or ()) - set(CONTENDERS):
+        print(f"error: --contenders {';'.join(sorted(unknown))}: choose of {';'.join(CONTENDERS)}", file=sys.stderr)
+        raise SystemExit(2)
     names = options.contenders or [name for name in CONTENDERS if not (mixture and name.startswith("megatron"))]
     found: dict[str, dict[int, list[Result]]] = {name: {n: [] for n in options.workers} for name in names}
     for number in range(options.rounds):
