@@ -18,5 +18,6 @@
 `baseline`   what a model that knows only word frequencies would score
 `prepare`    what `bigtrain.launch` runs first: make the tokenizer and the shards that a config asks for
 
-Only `loader` and `microbatch` need torch. `build` loads it too, through webdataset, in the moment in which it writes tars.
+Only `loader` and `microbatch` need torch. `build` loads it too, through webdataset, in the moment in which it writes
+tars.
 """

@@ -5,8 +5,8 @@ Nothing here knows ranks, workers or steps, so nothing of them can change the or
 The mixture (mixture.py) says which source a global sequence comes from, and which of that source's own sequences it is.
 The source says which pieces of which documents are in it: documents end to end in lanes (lanes.py), or packed into bins
 (packing.py). All of it is arithmetic on the documents' sizes, so any sequence is found at once, and the state is one
-number, the sequences consumed, beside the mixture that it counts in. Raw text has no sizes before it is tokenised: there
-each lane keeps the place where it goes on (text_lanes.py), and the answer is the same, however it is asked for.
+number, the sequences consumed, beside the mixture that it counts in. Raw text has no sizes before it is tokenised:
+there each lane keeps the place where it goes on (text_lanes.py), and the answer is the same, however it is asked for.
 """
 
 from __future__ import annotations
