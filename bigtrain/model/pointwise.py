@@ -24,7 +24,7 @@ def rotary_table(length: int, width: int, theta: float, device: torch.device) ->
 class Rotate(torch.autograd.Function):
     """Rotate the two halves of each head by its position's angles; the backward rotates back.
 
-    x [S, ..., D]; cos, sin [S, D / 2]."""
+    x [S, ..., D]; cos, sin [S, D / 2], or [S, B, D / 2] where each row has positions of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ class Rotate(torch.autograd.Function):
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
-    shape = (x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1] // 2)
+    shape = (*cos.shape[:-1], *(1,) * (x.dim() - cos.dim()), x.shape[-1] // 2)
     cos, sin = cos.view(shape).to(x.dtype), sin.view(shape).to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
