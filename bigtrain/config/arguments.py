@@ -5,6 +5,7 @@ A mistake is one line on stderr and exit status 2. No torch: ``--help`` and mist
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -37,6 +38,23 @@ def run(argv: Sequence[str], help_text: str, command: Callable[[list[str]], int]
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who read our output has seen enough; the interpreter would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def joined(argv: Sequence[str], flag: str) -> list[str]:
+    """`argv` with ``--flag VALUE`` as one argument ``--flag=VALUE``. Raises UserError where the value is missing."""
+    found: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        if argument == flag:
+            value = next(rest, None)
+            if value is None:
+                raise UserError(f"{flag} is the last argument: it takes a value")
+            argument = f"{flag}={value}"
+        found.append(argument)
+    return found
 
 
 def parse(
