@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bigtrain.config import evaluation_sets
-from bigtrain.config.check import check
+from bigtrain.config.data_rules import data_problems
 from bigtrain.config.derive import sequences_of_evaluation
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import (
@@ -18,7 +17,7 @@ from bigtrain.config.schema import (
     Config,
     DataConfig,
     EvalConfig,
-    ModelConfig,
+    PrecisionConfig,
     RemoteConfig,
     SourceConfig,
     TrainConfig,
@@ -29,7 +28,7 @@ from bigtrain.engine.open_model import OpenModel
 if TYPE_CHECKING:
     from bigtrain.engine.inference import Loaded
 
-_COLUMNS = ("loss", "perplexity", "bits_per_byte", "tokens")
+T = TypeVar("T")
 
 
 class Job(Protocol):
@@ -135,7 +134,7 @@ def _add(out: str, record: Mapping[str, Any]) -> None:
     try:
         if out:
             with open(out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + os.linesep)
+                file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise UserError(f"out={out}: it cannot be written: {error.strerror}") from error
 
@@ -149,12 +148,25 @@ def _settings(opened: OpenModel) -> Config:
             model=opened.model,
             train=_of(TrainConfig, train),
             eval=_of(EvalConfig, groups.get("eval", {})),
-            precision=_of(type(Config().precision), groups.get("precision", {})),
+            precision=_of(PrecisionConfig, groups.get("precision", {})),
             data=DataConfig(
-                valid=[_of(SourceConfig, source) for source in data.get("valid", [])],
+                valid=[SourceConfig(path=each["path"], set=each.get("set", "")) for each in data.get("valid", [])],
                 cache=_of(CacheConfig, data.get("cache", {})),
                 remote=_of(RemoteConfig, data.get("remote", {})),
             ),
         )
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, KeyError) as error:
         raise UserError(f"checkpoint {opened.folder}: its settings are not those of a run ({error})") from error
+
+
+def _of(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A group with the `values` that this version knows."""
+    known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if name in known})
+
+
+def _refuse_bad(data: DataConfig) -> None:
+    """What a launch would refuse in data.valid."""
+    found = [each for each in data_problems(Config(data=data), 1) if each.key.startswith("data.valid")]
+    if found:
+        raise UserError(str(found[0]))
