@@ -5,7 +5,7 @@
 
     python -m bigtrain.evaluate checkpoint=runs/default                                    # as the run evaluated itself
     python -m bigtrain.evaluate checkpoint=runs/default data=corpus/valid num_tokens=0     # all of a folder of shards
-    python -m bigtrain.evaluate checkpoint=runs/default 'data={web: web/valid, code: [{path: a}, {path: b}]}' out=eval.jsonl
+    python -m bigtrain.evaluate checkpoint=runs/default 'data={web: web/valid, code: [{path: a}, {path: b}]}'
     python -m bigtrain.evaluate checkpoint=runs/default ranks=4 tensor=2                   # tensor 2 x data 2
     python -m bigtrain.evaluate checkpoint=runs/default --lm-eval arc_easy,hellaswag limit=100
 
@@ -15,7 +15,8 @@ what
                    data.valid of the run that made the checkpoint
   num_tokens       tokens of each set, rounded up to whole sequences; 0: all. Default: as many as the run took
   sequence_length  tokens a sequence; default: the run's
-  out              a file that gets a JSON line a set, added at its end: set, step, loss, perplexity, bits_per_byte, tokens
+  out              a file that gets a JSON line a set, added at its end: step, set, loss, perplexity, bits_per_byte,
+                   tokens; or a line a task
   lm_eval          tasks by their names, with commas between; also spelt --lm-eval TASKS. Needs `pip install lm-eval`
   include_path     lm-eval: a folder of tasks of your own
   num_fewshot      lm-eval: examples before each question; default: as the task says

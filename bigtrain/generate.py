@@ -11,7 +11,7 @@ what
   checkpoint    a checkpoint of any layout, or a run's folder (then its newest)
   prompt        the text to go on from; without one, a new document begins
   prompts       a file of prompts: one a line, or in a file .jsonl an object a line: {"prompt": "..."}
-  out           a new file for the texts of `prompts`; .jsonl: an object a line with line, prompt, text, tokens and ended
+  out           a new file for the texts of `prompts`; .jsonl: an object a line with line, prompt, text, tokens, ended
                 (eos: so the model chose, max_tokens, positions: the model has no more). Default: the console
 
 how
@@ -28,8 +28,8 @@ where
   dtype         fp32 | bf16 | fp16: numbers of the weights (fp32)
   cache         true | false: false reads the whole text again for each token, to compare with (true)
 
-One prompt is printed as it is written. Tokens a second, and what did not fit, are told on stderr. Exit status: 0, 2 for a
-mistake, 130 for Ctrl-C.
+One prompt is printed as it is written. Tokens a second, and what did not fit, are told on stderr. Exit status: 0, 2
+for a mistake, 130 for Ctrl-C.
 """
 
 from __future__ import annotations

@@ -74,7 +74,9 @@ def parse(
     for argument in argv:
         name, equals, value = argument.partition("=")
         key = (aliases or {}).get(name, name)
-        if not equals or key not in kinds:
+        if key in kinds and not equals:
+            raise UserError(f"{argument!r} has no value: write {name}=VALUE")
+        if key not in kinds:
             near = get_close_matches(key, kinds, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(kinds)}"
             raise UserError(f"{argument!r} is no setting of {command}{hint}")

@@ -179,7 +179,10 @@ class Scorer:
         for batch in microbatches:
             boundaries = None if batch.single_document else boundaries_of(batch.documents_BS).to(device)
             losses_BS = self.loaded.decoder(
-                batch.tokens_BS.to(device), batch.positions_BS.to(device), boundaries, labels=batch.targets_BS.to(device)
+                batch.tokens_BS.to(device),
+                batch.positions_BS.to(device),
+                boundaries,
+                labels=batch.targets_BS.to(device),
             )
             mask_BS = batch.loss_mask_BS.to(device)
             nats += (losses_BS.float() * mask_BS).sum()

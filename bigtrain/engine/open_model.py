@@ -51,8 +51,8 @@ def open_model(path: str | Path) -> OpenModel:
     if (path / "config.json").is_file() and not (path / folders.STATE).is_file():
         # a reader of such folders belongs here: an OpenModel whose `read` maps its names to ours
         raise UserError(
-            f"checkpoint {path}: this is a Hugging Face model (it has a config.json). bigtrain does not read those yet; "
-            "name a checkpoint or the folder of a run."
+            f"checkpoint {path}: this is a Hugging Face model (config.json). bigtrain does not read those yet. "
+            "Name a checkpoint or the folder of a run."
         )
     folder = folders.resolve(path)
     state = folders.state_of(folder)

@@ -75,7 +75,7 @@ class Answers:
     def __init__(self, out: str) -> None:
         self._is_jsonl = out.endswith(".jsonl")
         try:
-            self._file: TextIO = open(out, "x", encoding="utf-8") if out else sys.stdout
+            self._file: TextIO = open(out, "x", encoding="utf-8") if out else sys.stdout  # noqa: SIM115
         except OSError as error:
             raise UserError(refusal(out, error)) from error
         self._out = out

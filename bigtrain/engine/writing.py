@@ -19,7 +19,9 @@ class Writer:
         """Raises UserError where there are more ranks than share the model."""
         topology = loaded.runtime.topology
         if topology.world != topology.tensor:
-            raise UserError(f"{topology.world} ranks were started for tensor={topology.tensor}: start as many as share it")
+            raise UserError(
+                f"{topology.world} ranks were started for tensor={topology.tensor}: start as many as share it"
+            )
         self.loaded, self.sampling = loaded, sampling
         self.max_tokens, self.use_cache = max_tokens, use_cache
 
@@ -27,7 +29,7 @@ class Writer:
         """The text on stdout as it is written, from the prompt on."""
         tokenizer, clock = self.loaded.tokenizer, Clock()
         text = self._texts([Prompt(prompt)], 0)[0]
-        shown = _Shown(prompt, enabled=self.loaded.runtime.is_main)
+        shown = Shown(prompt, enabled=self.loaded.runtime.is_main)
         for grown in self._go_on([text], clock):
             for one in grown:
                 first = len(one.ids) == 1 and not prompt
@@ -68,8 +70,8 @@ class Writer:
             if len(ids) > room:
                 where = f"the prompt of line {prompt.line}" if len(prompts) > 1 else "the prompt"
                 raise UserError(
-                    f"{where} has {len(ids):,} tokens, and the model has {room:,} positions. Shorten it: it begins with "
-                    f"{prompt.text[:40]!a}"
+                    f"{where} has {len(ids):,} tokens, and the model has {room:,} positions. Shorten it; "
+                    f"it begins with {prompt.text[:40]!a}"
                 )
             texts.append(Text.of(ids, seed=self.sampling.seed, number=number))
         return texts
@@ -79,7 +81,9 @@ class Writer:
         if full:
             which = f"{full:,} of {len(texts):,} texts end" if len(texts) > 1 else "the text ends"
             positions = self.loaded.model.max_positions
-            self._tell(f"{which} before max_tokens={self.max_tokens}: the model has {positions:,} positions, and no more")
+            self._tell(
+                f"{which} before max_tokens={self.max_tokens}: the model has {positions:,} positions, and no more"
+            )
         self._tell(str(clock))
 
     def _tell(self, line: str) -> None:
@@ -87,7 +91,7 @@ class Writer:
             print(line, file=sys.stderr, flush=True)
 
 
-class _Shown:
+class Shown:
     """Bytes on stdout as text: a character is shown when its last byte is there."""
 
     def __init__(self, begin: str, *, enabled: bool) -> None:

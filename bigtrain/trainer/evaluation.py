@@ -69,9 +69,7 @@ class HeldOutSets:
         sources = evaluation_sets.parse(data) if data else of_run.data.valid
         if not sources:
             raise UserError(f"data=... is missing: {opened.folder} is of a run that evaluated nothing")
-        settings = DataConfig(
-            train=sources, valid=sources, cache=of_run.data.cache, remote=of_run.data.remote
-        )
+        settings = DataConfig(train=sources, valid=sources, cache=of_run.data.cache, remote=of_run.data.remote)
         _refuse_bad(settings)
         wanted: int | None = sequences_of_evaluation(of_run)
         if num_tokens is not None:

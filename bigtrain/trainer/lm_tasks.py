@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +41,10 @@ class Tasks:
 
     def records(self, loaded: Loaded) -> Iterator[dict[str, Any]]:
         """A record a task: its metrics as lm-eval names them. Raises UserError for a task that it does not know."""
-        lm_eval: Any = importlib.import_module("lm_eval")
-        manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=self.include_path or None)
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=self.include_path or None)
         unknown = [name for name in self.names if not manager.match_tasks([name])]
         if unknown:
             raise UserError(f"--lm-eval: it has no task {', '.join(unknown)}. `lm-eval ls tasks` lists them.")
@@ -58,14 +59,19 @@ class Tasks:
         )
         if model.num_cut and loaded.runtime.is_main:
             positions = loaded.model.max_positions
-            print(f"{model.num_cut:,} contexts were cut at their left to the model's {positions:,} positions", file=sys.stderr)
+            print(
+                f"{model.num_cut:,} contexts were cut at their left to the model's {positions:,} positions",
+                file=sys.stderr,
+            )
         for name, metrics in found["results"].items():
             values = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
             yield {"kind": "lm_eval", "step": loaded.step, "task": name, **values}
 
     def shown(self, record: Mapping[str, Any]) -> str:
         values = {key: value for key, value in record.items() if key not in ("kind", "step", "task")}
-        return f"{record['task']}: " + ", ".join(f"{key.removesuffix(',none')} {value:.6g}" for key, value in values.items())
+        return f"{record['task']}: " + ", ".join(
+            f"{key.removesuffix(',none')} {value:.6g}" for key, value in values.items()
+        )
 
 
 def adapter(loaded: Loaded, *, batch_size: int) -> Any:
@@ -73,16 +79,15 @@ def adapter(loaded: Loaded, *, batch_size: int) -> Any:
 
     What does not fit into the model's positions is cut at its left, as lm-eval does, and counted in `num_cut`. Its
     methods are collective: tensor ranks make the same calls."""
-    from bigtrain.data.tokenizer import Tokenizer
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
     from bigtrain.engine.inference import Sampling, Text, go_on
     from bigtrain.engine.scoring import score
 
-    base: Any = importlib.import_module("lm_eval.api.model").TemplateLM
-    utils: Any = importlib.import_module("lm_eval.utils")
-    tokenizer: Tokenizer = loaded.tokenizer
-    room = loaded.model.max_positions
+    tokenizer, room = loaded.tokenizer, loaded.model.max_positions
 
-    class Adapter(base):
+    class Adapter(TemplateLM):
         def __init__(self) -> None:
             super().__init__()
             self.num_cut = 0
