@@ -35,7 +35,7 @@ class Job(Protocol):
     """What is measured."""
 
     def records(self, loaded: Loaded) -> Iterator[dict[str, Any]]:
-        """A record of each set or task, the same on every rank. Collective."""
+        """A record of each set or task, on rank 0 at least. Collective."""
         ...
 
     def shown(self, record: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ class Tasks:
             raise UserError(f"include_path={self.include_path}: there is no such folder")
 
     def records(self, loaded: Loaded) -> Iterator[dict[str, Any]]:
-        """A record a task: its metrics as lm-eval names them. Raises UserError for a task that it does not know."""
+        """A record a task, on rank 0: its metrics as lm-eval names them. Raises UserError for a task that it does not know."""
         import lm_eval
         from lm_eval.tasks import TaskManager
 
@@ -63,7 +63,8 @@ class Tasks:
                 f"{model.num_cut:,} contexts were cut at their left to the model's {positions:,} positions",
                 file=sys.stderr,
             )
-        for name, metrics in found["results"].items():
+        results = found["results"] if found else {}  # lm-eval gives them to local rank 0 alone
+        for name, metrics in results.items():
             values = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
             yield {"kind": "lm_eval", "step": loaded.step, "task": name, **values}
 
