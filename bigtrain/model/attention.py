@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bigtrain.model.cache import KeyValueCache
-from bigtrain.model.pointwise import Rotate, rotary_table
+from bigtrain.model.pointwise import Rotate, rotary_table, rotated
 
 
 def boundaries_of(documents_BS: torch.Tensor) -> torch.Tensor:
@@ -91,9 +91,8 @@ class DocumentAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """[S, B, N * D], of documents that have a row each; without dropout."""
         if self.rope_theta is not None:
-            table = rotary_table(cache.capacity, query_SBND.shape[-1], self.rope_theta, query_SBND.device)
-            of_tokens = [x[cache.positions_BS.t()] for x in table]
-            query_SBND, key_SBGD = (Rotate.apply(x, *of_tokens) for x in (query_SBND, key_SBGD))
+            angles = cache.angles(query_SBND.shape[-1], self.rope_theta)
+            query_SBND, key_SBGD = (rotated(x, *angles) for x in (query_SBND, key_SBGD))
         keys, values = cache.extended(self.layer_number, key_SBGD, value_SBGD)
         if cache.begins:
             rows = [x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD)]

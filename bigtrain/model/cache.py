@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from bigtrain.model.pointwise import rotary_table
+
 
 class KeyValueCache:
     """Keys and values of a batch of texts, layer by layer: a slot a position.
@@ -27,6 +29,8 @@ class KeyValueCache:
         self.num_slots = 0
         """T: slots that the tokens that are read now may see, some of them."""
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._seen_BST: torch.Tensor | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -37,6 +41,7 @@ class KeyValueCache:
 
         Raises ValueError for a position that there is no room for."""
         self.begins = self.is_empty
+        self._angles = self._seen_BST = None  # of all layers alike, so made once a step
         self.positions_BS, self.num_slots = positions_BS, int(positions_BS.max()) + 1
         if self.num_slots > self.capacity:
             raise ValueError(f"position {self.num_slots - 1} of a cache for {self.capacity}")
@@ -59,8 +64,18 @@ class KeyValueCache:
 
     def seen_BST(self) -> torch.Tensor:
         """Which slots each new token sees."""
-        slots = torch.arange(self.num_slots, device=self.positions_BS.device)
-        return slots <= self.positions_BS[:, :, None]
+        if self._seen_BST is None:
+            slots = torch.arange(self.num_slots, device=self.positions_BS.device)
+            self._seen_BST = slots <= self.positions_BS[:, :, None]
+        return self._seen_BST
+
+    def angles(self, width: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the rotation of each new token, [S, B, width / 2] each; alike in all layers."""
+        if self._angles is None:
+            cos, sin = rotary_table(self.capacity, width, theta, self.positions_BS.device)
+            places_SB = self.positions_BS.t()
+            self._angles = cos[places_SB], sin[places_SB]
+        return self._angles
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these texts alone (int64 [B])."""

@@ -29,15 +29,16 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
+        return rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(gradients[0], cos, sin, -1.0), None, None
+        return rotated(gradients[0], cos, sin, -1.0), None, None
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float = 1.0) -> torch.Tensor:
+    """What `Rotate` computes, without a gradient; `sign` -1 rotates back."""
     shape = (*cos.shape[:-1], *(1,) * (x.dim() - cos.dim()), x.shape[-1] // 2)
     cos, sin = cos.view(shape).to(x.dtype), sin.view(shape).to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -40,7 +40,7 @@ class Tasks:
             raise UserError(f"include_path={self.include_path}: there is no such folder")
 
     def records(self, loaded: Loaded) -> Iterator[dict[str, Any]]:
-        """A record a task, on rank 0: its metrics as lm-eval names them. Raises UserError for a task that is not there."""
+        """A record a task, on rank 0, its metrics as lm-eval names them. Raises UserError for an unknown task."""
         import lm_eval
         from lm_eval.tasks import TaskManager
 
