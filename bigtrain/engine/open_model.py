@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,9 @@ class OpenModel:
 
     def check_tensor(self, tensor: int) -> None:
         """Raise UserError where the model does not divide into `tensor` ranks."""
-        config = Config(model=self.model, parallel=ParallelConfig(tensor=tensor, zero_stage=0))
-        wrong = [found for found in check(config, tensor) if found.key.startswith("model.")]
+        wrong = _problems(self.model, tensor)
         if wrong:
-            named = ", ".join(f"{found.key}={found.value}" for found in wrong)
-            raise UserError(f"tensor={tensor}: the model does not divide into that many equal parts ({named})")
+            raise UserError(f"tensor={tensor}: the model does not divide into that many equal parts ({wrong})")
 
 
 def open_model(path: str | Path) -> OpenModel:
@@ -59,6 +57,23 @@ def open_model(path: str | Path) -> OpenModel:
     try:
         config = dict(state["config"])
         model = ModelConfig(**config["model"])
+        wrong = _mistyped(model) or _problems(model, 1)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {folder}: its model is not one that this version knows ({error})") from error
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong:
+        raise UserError(f"checkpoint {folder}: its model is not one that this version knows ({wrong})")
     return OpenModel(folder, model, Tokenizer.load(folder), int(state.get("step", 0)), config)
+
+
+def _mistyped(model: ModelConfig) -> str:
+    """Fields with a value of another type, in words; empty where there is none."""
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    given = [(each.name, getattr(model, each.name), kinds[str(each.type)]) for each in fields(model)]
+    wrong = [(name, value) for name, value, kind in given if not isinstance(value, kind)]
+    return ", ".join(f"model.{name}={value!r:.40}" for name, value in wrong)
+
+
+def _problems(model: ModelConfig, tensor: int) -> str:
+    """Fields that are wrong on so many tensor ranks, in words; empty where there is none."""
+    found = check(Config(model=model, parallel=ParallelConfig(tensor=tensor, zero_stage=0)), tensor)
+    return ", ".join(f"{each.key}={each.value}" for each in found if each.key.startswith("model."))

@@ -80,6 +80,24 @@ def test_mistakes_are_one_line(
     assert re.search(message, said.err)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": "two"}, "model.num_layers='two'"),
+        ({"hidden_size": 0}, "model.hidden_size=0"),
+        ({"norm": "none"}, "model.norm=none"),
+        ({"experts": 8}, "unexpected keyword argument 'experts'"),
+    ],
+)
+def test_a_model_that_is_not_known(run: Path, change: dict[str, object], message: str, tmp_path: Path) -> None:
+    state = folders.state_of(folders.resolve(run))
+    state["config"]["model"] |= change
+    folders.partial_of(tmp_path, 5).mkdir()
+    folders.commit(tmp_path, 5, state)
+    with pytest.raises(UserError, match=f"its model is not one that this version knows .*{message}"):
+        open_model(tmp_path)
+
+
 def test_lm_eval_is_asked_for_where_it_is_missing(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
