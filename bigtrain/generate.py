@@ -1,14 +1,35 @@
-"""Let a checkpoint go on from a prompt, on one process.
+"""Let a model go on from a prompt, or from many.
 
-    python -m bigtrain.generate checkpoint=RUN [prompt=TEXT] [max_tokens=100] [temperature=0.8] [top_k=50] [seed=0]
+    python -m bigtrain.generate checkpoint=RUN [prompt=TEXT | prompts=FILE] [key=value ...]
 
-checkpoint    a checkpoint, or a run's folder (then its newest)
-prompt        the text to go on from
-max_tokens    tokens to add, fewer where the model ends the document
-temperature   0 always takes the likeliest token; higher is more varied
-top_k         draw from this many likeliest tokens; 0 draws from all
-seed          the same seed, the same text
-device        auto | cpu | cuda
+    python -m bigtrain.generate checkpoint=runs/default prompt='def '
+    python -m bigtrain.generate checkpoint=runs/default prompt='def ' temperature=0               # the likeliest
+    python -m bigtrain.generate checkpoint=runs/default prompts=prompts.txt out=texts.jsonl       # one prompt a line
+    python -m bigtrain.generate checkpoint=runs/default/checkpoints/step-00000300 tensor=2        # on two ranks
+
+what
+  checkpoint    a checkpoint of any layout, or a run's folder (then its newest)
+  prompt        the text to go on from; without one, a new document begins
+  prompts       a file of prompts: one a line, or in a file .jsonl an object a line: {"prompt": "..."}
+  out           a new file for the texts of `prompts`; .jsonl: an object a line with line, prompt, text, tokens, ended
+                (eos: so the model chose, max_tokens, positions: the model has no more). Default: the console
+
+how
+  max_tokens    tokens to add (100), fewer where the model ends the document or has no more positions
+  temperature   0 always takes the likeliest token; higher is more varied (0.8)
+  top_k         draw from this many likeliest tokens (50); 0: from all
+  top_p         and of these from the fewest that have this much of the probability together (1: all)
+  seed          the same seed, the same text (0); it depends neither on the ranks nor on the other prompts
+
+where
+  batch_size    prompts at a time (16)
+  tensor        ranks that share the model (1); each reads and holds its part. Also spelt parallel.tensor
+  device        auto | cpu | cuda
+  dtype         fp32 | bf16 | fp16: numbers of the weights (fp32)
+  cache         true | false: false reads the whole text again for each token, to compare with (true)
+
+One prompt is printed as it is written. Tokens a second, and what did not fit, are told on stderr. Exit status: 0, 2
+for a mistake, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,11 +38,11 @@ import logging
 import math
 import sys
 import warnings
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from bigtrain.config.errors import UserError
+from bigtrain.config import arguments
+from bigtrain.config.arguments import Rule
 from bigtrain.config.vendors import check_versions
 
 
@@ -32,82 +53,71 @@ class Arguments:
     max_tokens: int = 100
     temperature: float = 0.8
     top_k: int = 50
+    top_p: float = 1.0
     seed: int = 0
+    prompts: str = ""
+    out: str = ""
+    batch_size: int = 16
+    tensor: int = 1
     device: str = "auto"
+    dtype: str = "fp32"
+    cache: bool = True
 
 
-def parse(arguments: list[str]) -> Arguments:
+def parse(argv: list[str]) -> Arguments:
     """Raises UserError for what is no key=value, an unknown key, or a value of another type or out of range."""
-    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Arguments)}
-    values: dict[str, object] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in kinds:
-            near = get_close_matches(key, kinds, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(kinds)}"
-            raise UserError(f"{argument!r} is no setting of bigtrain.generate{hint}")
-        try:
-            value.encode()  # what is no UTF-8 arrives as half of a surrogate pair
-            values[key] = kinds[key](value)
-        except UnicodeEncodeError as error:
-            raise UserError(f"{key}={value!a}: it is no UTF-8") from error
-        except ValueError as error:
-            raise UserError(f"{key}={value}: it takes {kinds[key].__name__}") from error
-    if "checkpoint" not in values:
-        raise UserError("checkpoint=... is missing: a checkpoint, or a run's folder. --help tells more.")
-    found = Arguments(**values)  # type: ignore[arg-type]
-    for key, sound, words in _rules(found):
-        if not sound:
-            raise UserError(f"{key}={values[key]!s:.80}: it takes {words}")
-    return found
+    aliases = {"parallel.tensor": "tensor"}
+    return arguments.parse(Arguments, argv, command="bigtrain.generate", aliases=aliases, rules=_rules)
 
 
-def _rules(arguments: Arguments) -> list[tuple[str, bool, str]]:
-    """(key, whether its value is sound, what it takes)."""
-    temperature = arguments.temperature
+def _rules(given: Arguments) -> list[Rule]:
+    temperature = given.temperature
     return [
-        ("max_tokens", arguments.max_tokens >= 1, "1 or more"),
+        ("max_tokens", given.max_tokens >= 1, "1 or more"),
         ("temperature", temperature == 0 or 1e-3 <= temperature < math.inf, "0, or a number from 0.001 up"),
-        ("top_k", arguments.top_k >= 0, "0 (all tokens) or more"),
-        ("seed", 0 <= arguments.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
-        ("device", arguments.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+        ("top_k", given.top_k >= 0, "0 (all tokens) or more"),
+        ("top_p", 0 < given.top_p <= 1, "more than 0, at most 1 (all tokens)"),
+        ("seed", 0 <= given.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
+        ("prompts", not (given.prompts and given.prompt), "a file, and prompt=... is not given beside it"),
+        ("out", not given.out or bool(given.prompts), "a file, and prompts=FILE beside it"),
+        ("batch_size", given.batch_size >= 1, "1 or more"),
+        *arguments.place_rules(given),
     ]
 
 
-def _check_gpu(device: str) -> None:
-    import torch
-
-    if device == "cuda" and not torch.cuda.device_count():
-        raise UserError("device=cuda: PyTorch sees no GPU here. Set device=cpu or leave it out.")
+def main(argv: Sequence[str]) -> int:
+    return arguments.run(argv, __doc__ or "", _main)
 
 
-def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__.strip() if __doc__ else "")
-        return 0
-    try:
-        arguments = parse(argv)
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        check_versions()
-        _check_gpu(arguments.device)
-        from bigtrain.engine.inference import continue_text, load
+def _main(argv: list[str]) -> int:
+    given = parse(argv)
+    check_versions()
+    from bigtrain.engine import prompts
+    from bigtrain.engine.open_model import open_model
+    from bigtrain.launching import ranks
 
-        loaded = load(Path(arguments.checkpoint), device=arguments.device)
-        tokens = continue_text(
-            loaded,
-            arguments.prompt,
-            max_tokens=arguments.max_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            seed=arguments.seed,
-        )
-        print(arguments.prompt + loaded.tokenizer.decode(tokens, at_start=not arguments.prompt))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    asked = prompts.read_prompts(given.prompts) if given.prompts else ([prompts.Prompt(given.prompt)], 0)
+    prompts.check_out(given.out if not ranks.is_rank() else "")
+    opened = open_model(given.checkpoint)
+    opened.check_tensor(given.tensor)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    ranks.check_gpu(given.device)
+    if given.tensor > 1 and not ranks.is_rank():
+        return ranks.run("bigtrain.generate", argv, world=given.tensor, device=given.device)
+    from bigtrain.engine.inference import Sampling, load
+    from bigtrain.engine.writing import Writer
+
+    writer = Writer(
+        load(opened, tensor=given.tensor, device=given.device, dtype=given.dtype),
+        Sampling(given.temperature, given.top_k, given.top_p, given.seed),
+        max_tokens=given.max_tokens,
+        use_cache=given.cache,
+    )
+    if given.prompts:
+        writer.answer(*asked, out=given.out, batch_size=given.batch_size)
+    else:
+        writer.stream(asked[0][0].text)
     return 0
 
 

@@ -43,6 +43,34 @@ def as_list(override: str) -> str:
     return f"{name}={_written(sources)}"
 
 
+def parse(value: str) -> list[SourceConfig]:
+    """The sources that ``data=VALUE`` names: a folder (or a place where shards lie), or what data.valid takes on a
+    command line. Raises UserError for anything else."""
+    if not value.lstrip().startswith(("{", "[")):
+        return [SourceConfig(value)]
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    shown = locations.redacted(value)
+    try:
+        given: Any = OverridesParser.create().parse_override(as_list(f"{KEY}={value}")).value()
+    except HydraException as error:
+        raise UserError(f"data={shown}: it cannot be read. {_FORM}, in quotes for the shell.") from error
+    if not isinstance(given, list) or not given:
+        raise UserError(f"data={shown}: {_FORM}.")
+    return [_source(each, shown) for each in cast(list[Any], given)]
+
+
+def _source(given: Any, shown: str) -> SourceConfig:
+    """Raises UserError for what is no {path: FOLDER}."""
+    found = cast(dict[Any, Any], given) if isinstance(given, dict) else {}
+    unknown = [str(key) for key in found if key not in ("path", "set")]
+    if unknown or not isinstance(found.get("path"), str):
+        what = f"{', '.join(unknown)} means nothing here" if unknown else "a source has no path"
+        raise UserError(f"data={shown}: {what}. {_FORM}.")
+    return SourceConfig(path=found["path"], set=str(found.get("set", "")))
+
+
 def _sources(name: str, given: Any) -> list[dict[str, Any]]:
     if name in SourceConfig.__dataclass_fields__:
         raise UserError(f"{KEY}: {name} is no name of a set. Write {KEY}=[{{path: FOLDER}}], or {{NAME: FOLDER}}.")

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bigtrain.model.pointwise import Rotate, rotary_table
+from bigtrain.model.cache import KeyValueCache
+from bigtrain.model.pointwise import Rotate, rotary_table, rotated
 
 
 def boundaries_of(documents_BS: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ class DocumentAttention(torch.nn.Module):
     ) -> None:
         """`rope_theta`: base of the rotary frequencies; None: positions come otherwise."""
         super().__init__()
-        self.rope_theta = rope_theta
+        self.rope_theta, self.layer_number = rope_theta, layer_number
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale
         # Megatron runs all layers in the sharded stream then; a second fork of it would draw the same numbers again
@@ -63,14 +64,17 @@ class DocumentAttention(torch.nn.Module):
         query_SBND: torch.Tensor,
         key_SBGD: torch.Tensor,
         value_SBGD: torch.Tensor,
-        boundaries: torch.Tensor | None,
+        boundaries: torch.Tensor | KeyValueCache | None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """[S, B, N * D]. `boundaries` arrives through Megatron's ``attention_mask`` argument.
+        """[S, B, N * D]. `boundaries` arrives through Megatron's ``attention_mask`` argument; a cache in its place says
+        that the tokens go on from those that it holds.
 
         Rotary positions count through the row: within a document only their differences matter."""
+        if isinstance(boundaries, KeyValueCache):
+            return self._go_on(query_SBND, key_SBGD, value_SBGD, boundaries)
         if self.rope_theta is not None:
             table = rotary_table(query_SBND.shape[0], query_SBND.shape[-1], self.rope_theta, query_SBND.device)
             query_SBND, key_SBGD = (Rotate.apply(x, *table) for x in (query_SBND, key_SBGD))
@@ -81,6 +85,24 @@ class DocumentAttention(torch.nn.Module):
         else:
             context = self._attend(query_SBND, key_SBGD, value_SBGD, boundaries, dropout)
         return context.flatten(2)
+
+    def _go_on(
+        self, query_SBND: torch.Tensor, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor, cache: KeyValueCache
+    ) -> torch.Tensor:
+        """[S, B, N * D], of documents that have a row each; without dropout."""
+        if self.rope_theta is not None:
+            angles = cache.angles(query_SBND.shape[-1], self.rope_theta)
+            query_SBND, key_SBGD = (rotated(x, *angles) for x in (query_SBND, key_SBGD))
+        keys, values = cache.extended(self.layer_number, key_SBGD, value_SBGD)
+        if cache.begins:
+            rows = [x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD)]
+            return self._causal(rows, 0.0).permute(2, 0, 1, 3).flatten(2)
+        heads, groups = query_SBND.shape[2], keys.shape[1]
+        # the heads of a group are as good as more tokens, and no key is copied for each of them
+        query = query_SBND.permute(1, 2, 0, 3).unflatten(1, (groups, -1)).flatten(2, 3)
+        seen = cache.seen_BST().repeat(1, heads // groups, 1)[:, None]
+        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=self.scale)
+        return context.unflatten(2, (heads // groups, -1)).flatten(1, 2).permute(2, 0, 1, 3).flatten(2)
 
     def _attend(
         self,

@@ -29,6 +29,7 @@ from bigtrain.config.schema import Config, ModelConfig
 from bigtrain.distributed.sharding import Shard
 from bigtrain.distributed.start import Runtime
 from bigtrain.model.attention import DocumentAttention
+from bigtrain.model.cache import KeyValueCache
 from bigtrain.model.norms import LayerNorm, RMSNorm
 from bigtrain.model.pointwise import SwiGLU
 from bigtrain.topology import Topology
@@ -51,6 +52,20 @@ class Decoder(GPTModel):
         labels_SB = labels.transpose(0, 1)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels_SB.flatten(), reduction="none")
         return losses.view(labels_SB.shape).transpose(0, 1)
+
+    def hidden(
+        self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor, cache: KeyValueCache | None = None
+    ) -> torch.Tensor:
+        """What the output layer reads, [S, B, H], of a whole model. A row is one document; with a `cache` the tokens go
+        on from those that it holds, and it holds them too afterwards."""
+        mask: Any = None if cache is None else cache.at(positions_BS)
+        return self.decoder(hidden_states=self.embedding(tokens_BS, positions_BS), attention_mask=mask)
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """fp32 [N, V] of some of the places of `hidden`, the same on every tensor rank. Collective."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_N1V, _ = self.output_layer(hidden_NH[:, None], weight=weight, runtime_gather_output=True)
+        return logits_N1V[:, 0].float()
 
 
 class FeedForward(MLP):

@@ -24,21 +24,22 @@ def rotary_table(length: int, width: int, theta: float, device: torch.device) ->
 class Rotate(torch.autograd.Function):
     """Rotate the two halves of each head by its position's angles; the backward rotates back.
 
-    x [S, ..., D]; cos, sin [S, D / 2]."""
+    x [S, ..., D]; cos, sin [S, D / 2], or [S, B, D / 2] where each row has positions of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
+        return rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(gradients[0], cos, sin, -1.0), None, None
+        return rotated(gradients[0], cos, sin, -1.0), None, None
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
-    shape = (x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1] // 2)
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float = 1.0) -> torch.Tensor:
+    """What `Rotate` computes, without a gradient; `sign` -1 rotates back."""
+    shape = (*cos.shape[:-1], *(1,) * (x.dim() - cos.dim()), x.shape[-1] // 2)
     cos, sin = cos.view(shape).to(x.dtype), sin.view(shape).to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)

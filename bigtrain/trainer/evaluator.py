@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from bigtrain.data.microbatch import Microbatch
-from bigtrain.engine.engine import Engine
+from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.distributed.start import Runtime
+from bigtrain.engine.engine import LossSum
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,15 @@ class Evaluation:
         }
 
 
+class Model(Protocol):
+    """What can be evaluated: an Engine, or a model without one (`bigtrain.engine.inference.Scorer`)."""
+
+    @property
+    def runtime(self) -> Runtime: ...
+
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> LossSum: ...
+
+
 class Evaluator:
     """Runs the same held-out batches each time it is asked.
 
@@ -51,12 +63,18 @@ class Evaluator:
         self._bytes_of_tokens = torch.from_numpy(bytes_of_tokens.astype(np.int64))
         self._bytes_at_start = torch.from_numpy(at_start.astype(np.int64))
 
-    def evaluate(self, engine: Engine) -> Evaluation:
+    @staticmethod
+    def of(batches: Callable[[], Iterable[Sequence[Microbatch]]], tokenizer: Tokenizer) -> Evaluator:
+        """Of batches that `tokenizer` made."""
+        sizes, at_start = tokenizer.bytes_of_tokens(), tokenizer.bytes_of_tokens(at_start=True)
+        return Evaluator(batches, sizes, bytes_at_start=at_start, bos_id=tokenizer.bos_id)
+
+    def evaluate(self, model: Model) -> Evaluation:
         """Collective."""
-        runtime = engine.runtime
+        runtime = model.runtime
         nats, tokens, text_bytes = 0.0, 0, 0
         for microbatches in self._batches():
-            loss = engine.evaluate(microbatches)
+            loss = model.evaluate(microbatches)
             nats += loss.nats.item()
             tokens += int(loss.tokens.item())
             text_bytes += sum(map(self._text_bytes, microbatches))

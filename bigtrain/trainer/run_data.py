@@ -57,14 +57,8 @@ class RunData:
 
     def evaluators(self) -> dict[str, Evaluator]:
         """One for each evaluation set, by its name."""
-        sizes, at_start = self.tokenizer.bytes_of_tokens(), self.tokenizer.bytes_of_tokens(at_start=True)
         return {
-            name: Evaluator(
-                partial(self._evaluation_batches, sequences),
-                sizes,
-                bytes_at_start=at_start,
-                bos_id=self.tokenizer.bos_id,
-            )
+            name: Evaluator.of(partial(self._evaluation_batches, sequences), self.tokenizer)
             for name, sequences in self.held_out.items()
         }
 
