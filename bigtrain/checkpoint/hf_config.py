@@ -131,7 +131,7 @@ def _from_llama(fields: _Fields) -> ModelConfig:
     bias = fields.flag("attention_bias", False)
     if fields.flag("mlp_bias", False) != bias:
         raise fields.refuse(
-            "attention_bias", bias, f"mlp_bias is {not bias}; bigtrain has biases everywhere or nowhere"
+            "attention_bias", bias, f"mlp_bias is {_text(not bias)}; bigtrain has biases everywhere or nowhere"
         )
     fields.only("head_dim", hidden // heads, "hidden_size / num_attention_heads", optional=True)
     fields.only("hidden_act", "silu", "SwiGLU", optional=True)
@@ -252,4 +252,6 @@ def _number(value: Any, name: str, fields: _Fields) -> float:
 
 def _text(value: Any) -> str:
     """As in JSON and YAML."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )

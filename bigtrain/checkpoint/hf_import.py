@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
@@ -31,6 +32,8 @@ from bigtrain.checkpoint.safetensors_files import Entry, locate, read, read_json
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 
+PRESET = "model.yaml"
+"""In the checkpoint: the model's settings, as a preset of conf/model/."""
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Masks and tables that older versions saved beside the weights; the model makes them anew.
 _BUFFERS = re.compile(
@@ -92,6 +95,9 @@ def import_folder(
     found, left_out = check_tensors(folder, theirs)
     dtypes = {cast("torch.dtype", entry.dtype) for entry in found.values()}
     dtype = _DTYPES[dtypes.pop()] if len(dtypes) == 1 else "fp32"  # which holds them all
+    preset = (
+        f"# {folder.resolve().name}, from Hugging Face\n{yaml.safe_dump(dataclasses.asdict(model), sort_keys=False)}"
+    )
     state = {
         "format": folders.FORMAT,
         "step": 0,
@@ -100,7 +106,7 @@ def import_folder(
         "config": {"model": dataclasses.asdict(model), "precision": {"dtype": dtype}},
         "versions": dict(versions or {}),
     }
-    _save(out, model, theirs.vocab_size, found, state, dict(files), progress)
+    _save(out, model, theirs.vocab_size, found, state, {**files, PRESET: preset.encode()}, progress)
     return Imported(final, model, dtype, theirs.vocab_size, len(found), left_out)
 
 
@@ -229,7 +235,8 @@ def _save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+            # a file a tensor: torch (filesystem.py, _write_files_from_queue) keeps all tensors of a file to its end
+            writer = dcp.FileSystemWriter(partial, single_file_per_rank=False, thread_count=1, sync_files=True)
             dcp.save(cast("dict[str, Any]", tensors), storage_writer=writer, no_dist=True)
             folders.commit(out, 0, state, files)
         except BaseException:
