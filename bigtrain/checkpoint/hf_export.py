@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import hf_config, safetensors_files, store
 from bigtrain.checkpoint.hf_names import Part, our_shapes, parts
-from bigtrain.checkpoint.reader import SafeReader, read_index
+from bigtrain.checkpoint.reader import SafeReader, read_index, tensors_in
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 
@@ -171,9 +171,20 @@ def _facts(source: Path, state: dict[str, Any]) -> tuple[ModelConfig, str, int |
         config = state["config"]
         model = ModelConfig(**config["model"])
         imported: dict[str, Any] = state.get("imported", {})
-        return model, str(config["precision"]["dtype"]), imported.get("vocab_size")
+        found = model, str(config["precision"]["dtype"]), imported.get("vocab_size")
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {source}: its model is not one that this version knows ({error})") from error
+    known = ModelConfig()
+    for name, value in vars(model).items():
+        kind = type(getattr(known, name))
+        if (type(value) is not kind and not (kind is float and type(value) is int)) or (kind is int and value < 1):
+            raise UserError(f"checkpoint {source}: {folders.STATE} has model.{name}={value!r:.100}")
+    if found[2] is not None and type(found[2]) is not int:
+        raise UserError(f"checkpoint {source}: {folders.STATE} has imported.vocab_size={found[2]!r:.100}")
+    store.check_shapes(source, {})  # that there is an index
+    if model.num_layers > len(tensors_in(source)):
+        raise UserError(f"checkpoint {source}: it has fewer tensors than its {model.num_layers} layers")
+    return found
 
 
 def _write(

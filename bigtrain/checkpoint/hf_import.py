@@ -246,6 +246,16 @@ def _save(
         _, (cause, _) = next(iter(error.failures.items()))
         if isinstance(cause, UserError):
             raise cause from error
-        raise UserError(f"{out}: it cannot be written: {cause}") from error
+        raise UserError(f"{out}: it cannot be written: {_first_words(cause)}") from error
     except OSError as error:
         raise UserError(f"{out}: it cannot be written: {error.strerror}") from error
+
+
+def _first_words(error: BaseException) -> str:
+    """The disk's own words where there are any: torch's zip writer says "unexpected pos" after a failed write."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
+    return str(error)

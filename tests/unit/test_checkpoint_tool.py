@@ -78,6 +78,25 @@ def test_arguments_that_are_wrong(arguments: list[str], capsys: pytest.CaptureFi
     assert left.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_said_and_nothing_is_left(run: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk: the same error of a write."""
+    assert main(["export-hf", str(run), str(tmp_path / "hf")]) == 0
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)); "
+    program = f"{limited}runpy.run_path('tools/checkpoint.py', run_name='__main__')"
+    for arguments in (
+        ["export-hf", str(run), str(tmp_path / "x")],
+        ["import-hf", str(tmp_path / "hf"), str(tmp_path / "y")],
+    ):
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+        assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+        assert (
+            "it cannot be written: " in done.stderr and "File too large" in done.stderr and done.stderr.count("\n") == 1
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run", "y"]
+    assert list((tmp_path / "y").iterdir()) == []
+
+
 def test_help_comes_without_torch() -> None:
     program = """
 import runpy, sys

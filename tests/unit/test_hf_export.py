@@ -202,6 +202,28 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         export(tmp_path / "less", tmp_path / "hf", text=Text())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 2_000_000_000}, "fewer tensors than its 2000000000 layers"),
+        ({"num_layers": "2"}, "model.num_layers='2'"),
+        ({"num_attention_heads": 0}, "model.num_attention_heads=0"),
+        ({"bias": 1}, "model.bias=1"),
+        ({"depth": 2}, "not one that this version knows"),
+    ],
+)
+def test_a_state_that_is_wrong_is_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "run", LLAMA, weights(LLAMA))
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config"]["model"] |= change
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "run", tmp_path / "hf", text=Text())
+    (checkpoint / ".metadata").write_bytes(b"x")
+    with pytest.raises(UserError):
+        export(tmp_path / "run", tmp_path / "hf", text=Text())
+
+
 def test_dropout_that_llama_lacks_is_said(tmp_path: Path) -> None:
     model = dataclasses.replace(LLAMA, hidden_dropout=0.1, attention_dropout=0.2)
     write(tmp_path / "run", model, weights(model))
