@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -176,7 +176,7 @@ def _facts(source: Path, state: dict[str, Any]) -> tuple[ModelConfig, str, int |
         raise UserError(f"checkpoint {source}: its model is not one that this version knows ({error})") from error
     known = ModelConfig()
     for name, value in vars(model).items():
-        kind = type(getattr(known, name))
+        kind = cast("type[Any]", type(getattr(known, name)))
         if (type(value) is not kind and not (kind is float and type(value) is int)) or (kind is int and value < 1):
             raise UserError(f"checkpoint {source}: {folders.STATE} has model.{name}={value!r:.100}")
     if found[2] is not None and type(found[2]) is not int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
@@ -43,6 +44,12 @@ def shapes() -> Iterator[tuple[str, ModelConfig]]:
     yield "llama as many groups as heads", dataclasses.replace(LLAMA, num_query_groups=8)
     yield "llama with biases", dataclasses.replace(LLAMA, bias=True, rope_theta=5e5, norm_eps=1e-3)
     yield "gpt2 untied", dataclasses.replace(GPT2, tie_embeddings=False, norm_eps=1e-3)
+
+
+def params() -> list[Any]:
+    """`shapes` for pytest; one of each architecture is fast."""
+    fast = ("tiny", "gpt_125m")
+    return [pytest.param(model, id=name, marks=() if name in fast else pytest.mark.slow) for name, model in shapes()]
 
 
 def weights(model: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -78,6 +78,7 @@ def test_arguments_that_are_wrong(arguments: list[str], capsys: pytest.CaptureFi
     assert left.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_nothing_is_left(run: Path, tmp_path: Path) -> None:
     """A limit on the size of a file stands for the disk: the same error of a write."""
     assert main(["export-hf", str(run), str(tmp_path / "hf")]) == 0

@@ -27,7 +27,7 @@ from bigtrain.distributed.start import stop
 from bigtrain.engine import inference
 from tests import oracle
 from tests.unit.data.conftest import make_texts
-from tests.unit.hf_models import GPT2, LLAMA, logits, shapes, weights, write
+from tests.unit.hf_models import GPT2, LLAMA, logits, params, weights, write
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def some_tokens(length: int = 80) -> torch.Tensor:
     return torch.randint(0, LLAMA.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("model", [pytest.param(model, id=name) for name, model in shapes()])
+@pytest.mark.parametrize("model", params())
 def test_logits_and_greedy_text_are_the_same(
     model: ModelConfig, loaded: inference.Loaded, tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
@@ -73,7 +73,7 @@ def test_logits_and_greedy_text_are_the_same(
     assert new == our_ids or new == [*our_ids, tokenizer.eos_id]
 
 
-@pytest.mark.parametrize("model", [pytest.param(model, id=name) for name, model in shapes()])
+@pytest.mark.parametrize("model", params())
 def test_names_are_those_of_the_oracle(model: ModelConfig) -> None:
     """Which maps weights to Transformers' models for the certificate, by code of its own."""
     tensors = weights(model)

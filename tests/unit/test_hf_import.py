@@ -22,7 +22,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 from bigtrain.distributed.sharding import Shard
 from tests import oracle
-from tests.unit.hf_models import GPT2, LLAMA, logits, shapes, weights, write
+from tests.unit.hf_models import GPT2, LLAMA, logits, params, weights, write
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,7 +49,7 @@ def as_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model", [pytest.param(model, id=name) for name, model in shapes()])
+@pytest.mark.parametrize("model", params())
 def test_there_and_back_is_the_same(model: ModelConfig, dtype: str, tmp_path: Path) -> None:
     there = saved_by_transformers(tmp_path / "there", model, dtype=dtype, shard="60KB")
     done = import_folder(tmp_path / "there", tmp_path / "run", files={})
@@ -162,7 +162,7 @@ LLAMA_JSON = hf_config.to_theirs(LLAMA, dtype="fp32", vocab_size=420, bos_id=1, 
 GPT2_JSON = hf_config.to_theirs(GPT2, dtype="fp32", vocab_size=420, bos_id=1, eos_id=2)
 
 
-@pytest.mark.parametrize("model", [pytest.param(model, id=name) for name, model in shapes()])
+@pytest.mark.parametrize("model", params())
 def test_settings_go_there_and_back(model: ModelConfig) -> None:
     json_of = hf_config.to_theirs(model, dtype="bf16", vocab_size=model.vocab_size, bos_id=1, eos_id=2)
     assert hf_config.from_theirs(json_of, "x") == dataclasses.replace(model, name="imported")
