@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +57,23 @@ def load(folder: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
 
     Raises UserError for a checkpoint of another model, naming the first tensor that does not fit."""
     wanted = state_dict_of(fragments, only_owned=False)
+    state = folders.state_of(folder)
+    if state.get("weights_only"):
+        raise UserError(
+            f"checkpoint {folder}: it has weights only, no optimizer state and no place in the data, so no run goes on "
+            "from it. Start a run from its weights: checkpoint.init_from."
+        )
+    check_shapes(folder, {name: tensor.shape for name, tensor in wanted.items()})
+    _read(folder, wanted)
+    return state
+
+
+def load_weights(folder: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
+    """As `load`, but only the weights: a run starts from them, with moments of its own. Collective.
+
+    Any checkpoint of this model's shapes will do, also one that has nothing else."""
+    weights = [replace(each, tensors={"weight": each.tensors["weight"]}) for each in fragments]
+    wanted = state_dict_of(weights, only_owned=False)
     state = folders.state_of(folder)
     check_shapes(folder, {name: tensor.shape for name, tensor in wanted.items()})
     _read(folder, wanted)

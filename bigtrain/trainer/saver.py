@@ -62,6 +62,13 @@ class Saver:
         engine.loss_scale = dataclasses.replace(engine.loss_scale, **state["loss_scale"])
         return state["step"], Cursor.from_dict(state["cursor"])
 
+    def load_weights(self, engine: Engine, folder: Path) -> None:
+        """Fill only the weights of `engine` from a checkpoint: a run starts from them, at step 0. Collective.
+
+        Raises UserError where it is of another model or format."""
+        store.load_weights(folder, engine_state.fragments(engine))
+        engine_state.after_load(engine, adam_step=0)
+
 
 def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
     """The run's own newest checkpoint, so that a job which is started again by itself loses nothing; without one, what

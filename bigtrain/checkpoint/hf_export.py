@@ -1,0 +1,261 @@
+"""A checkpoint as a folder that Transformers opens: ``AutoModelForCausalLM.from_pretrained(FOLDER)``.
+
+The tensors stream: each of ours is read whole out of the checkpoint, cut into theirs, converted, written, and let go,
+so the memory that it takes is a few times the largest tensor, however large the model. The folder is written aside and
+renamed when it is whole.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportPrivateImportUsage=false
+# (torch.distributed.checkpoint is only partly typed)
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from bigtrain.checkpoint import folder as folders
+from bigtrain.checkpoint import hf_config, safetensors_files, store
+from bigtrain.checkpoint.hf_names import Part, our_shapes, parts
+from bigtrain.checkpoint.reader import SafeReader, read_index, tensors_in
+from bigtrain.config.errors import UserError
+from bigtrain.config.schema import ModelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARD_BYTES = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """What an export needs to know of the tokenizer."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    """tokenizer.json and what belongs beside it, by name."""
+    vocab_size: int = 0
+    """One more than the largest id: the model has at least as many rows."""
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    architecture: str
+    dtype: str
+    num_tensors: int
+    num_bytes: int
+    """Of the tensors."""
+    num_files: int
+    """Of safetensors."""
+    vocab_size: int
+    notes: list[str]
+    """What the user should know."""
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    text: Text,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    vocab_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write `out`, which must not exist, from a committed checkpoint (or a run's newest). On one process, no ranks.
+
+    `dtype`: fp32, bf16 or fp16; default: what the run trained in. `shard_bytes`: of a safetensors file at most, unless
+    one tensor is larger. `vocab_size`: rows of the embedding; default: all, or of an imported model those that it came
+    with. `progress` is told bytes written and bytes in all. Raises UserError for a model that Transformers has not, a
+    damaged checkpoint, numbers that fp16 cannot hold, a disk that is full; `out` is then not there."""
+    source = folders.resolve(checkpoint)
+    state = folders.state_of(source)
+    model, trained_in, imported = _facts(source, state)
+    rows = vocab_size or imported or model.vocab_size
+    if not max(text.vocab_size, 1) <= rows <= model.vocab_size:
+        raise UserError(
+            f"{rows} rows of the vocabulary: the model has {model.vocab_size}, its tokenizer needs {text.vocab_size}"
+        )
+    kind = dtype or trained_in
+    if kind not in DTYPES:
+        raise UserError(f"dtype {kind}: it takes {', '.join(DTYPES)}")
+    if shard_bytes < 1:
+        raise UserError(f"a file of {shard_bytes} bytes: it takes 1 or more")
+    planned = list(parts(model, rows))
+    store.check_shapes(source, {f"weight.{name}": torch.Size(shape) for name, shape in our_shapes(model).items()})
+    config = hf_config.to_theirs(model, dtype=kind, vocab_size=rows, bos_id=text.bos_id, eos_id=text.eos_id)
+    generation = {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id}
+    settings = {"config.json": config, "generation_config.json": generation}
+    sizes = {part.name: prod(part.shape) * DTYPES[kind].itemsize for part in planned}
+    with _aside(out, sum(sizes.values())) as aside:
+        for name, values in settings.items():
+            (aside / name).write_text(json.dumps(values, indent=2) + "\n")
+        for name, content in text.files.items():
+            (aside / name).write_bytes(content)
+        files = safetensors_files.split(sizes, shard_bytes)
+        _write(aside, files, planned, Weights(source), DTYPES[kind], progress)
+    return Exported(
+        out,
+        config["architectures"][0],
+        kind,
+        len(planned),
+        sum(sizes.values()),
+        len(files),
+        rows,
+        hf_config.lost_in_theirs(model),
+    )
+
+
+class Weights:
+    """The fp32 weights of a checkpoint, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, name: str) -> torch.Tensor:
+        """The global tensor, fp32. Raises UserError where it is damaged."""
+        tensor = torch.empty(self._index.state_dict_metadata[f"weight.{name}"].size)  # type: ignore[union-attr]
+        try:
+            dcp.load({f"weight.{name}": tensor}, storage_reader=_Reader(self._folder, self._index), no_dist=True)
+        except (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"checkpoint {self._folder}: weight.{name} cannot be read: {error!s:.500}") from error
+        return tensor
+
+    @cached_property
+    def _index(self) -> Metadata:
+        return read_index(self._folder)
+
+
+class _Reader(SafeReader):
+    """With an index that was read before."""
+
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self._found = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._found.storage_meta is not None:
+            self._found.storage_meta.load_id = self.load_id
+        return self._found
+
+
+def theirs(part: Part, ours: torch.Tensor) -> torch.Tensor:
+    """Their tensor, cut out of ours."""
+    found = torch.cat([ours[start:stop] for start, stop in part.rows]) if len(part.rows) > 1 else _one(part, ours)
+    return found.t() if part.transposed else found
+
+
+def _one(part: Part, ours: torch.Tensor) -> torch.Tensor:
+    ((start, stop),) = part.rows
+    return ours[start:stop]
+
+
+def _facts(source: Path, state: dict[str, Any]) -> tuple[ModelConfig, str, int | None]:
+    """The model, the dtype that it was trained in, and the rows of the vocabulary that it was imported with."""
+    try:
+        config = state["config"]
+        model = ModelConfig(**config["model"])
+        imported: dict[str, Any] = state.get("imported", {})
+        found = model, str(config["precision"]["dtype"]), imported.get("vocab_size")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {source}: its model is not one that this version knows ({error})") from error
+    known = ModelConfig()
+    for name, value in vars(model).items():
+        kind = cast("type[Any]", type(getattr(known, name)))
+        if (type(value) is not kind and not (kind is float and type(value) is int)) or (kind is int and value < 1):
+            raise UserError(f"checkpoint {source}: {folders.STATE} has model.{name}={value!r:.100}")
+    if found[2] is not None and type(found[2]) is not int:
+        raise UserError(f"checkpoint {source}: {folders.STATE} has imported.vocab_size={found[2]!r:.100}")
+    store.check_shapes(source, {})  # that there is an index
+    if model.num_layers > len(tensors_in(source)):
+        raise UserError(f"checkpoint {source}: it has fewer tensors than its {model.num_layers} layers")
+    return found
+
+
+def _write(
+    aside: Path,
+    files: list[list[str]],
+    planned: list[Part],
+    weights: Weights,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """The safetensors files and their index. Those of one tensor of ours follow each other: it is read once."""
+    by_name = {part.name: part for part in planned}
+    total, done = sum(prod(part.shape) for part in planned) * dtype.itemsize, 0
+    weight_map: dict[str, str] = {}
+    held, ours = "", torch.empty(0)
+    for number, names in enumerate(files, start=1):
+        single = len(files) == 1
+        file = aside / ("model.safetensors" if single else f"model-{number:05d}-of-{len(files):05d}.safetensors")
+        with file.open("wb") as opened:
+            opened.write(safetensors_files.header_of([(name, by_name[name].shape) for name in names], dtype))
+            for name in names:
+                part = by_name[name]
+                if part.ours != held:
+                    ours = torch.empty(0)  # let go of the last one first
+                    held, ours = part.ours, weights.read(part.ours)
+                tensor = _converted(theirs(part, ours), dtype, name)
+                safetensors_files.append(opened, tensor)
+                weight_map[name] = file.name
+                done += tensor.nbytes
+                if progress:
+                    progress(done, total)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    found = tensor.to(dtype)
+    if dtype == torch.float16 and bool((found.isinf() & tensor.isfinite()).any()):
+        largest = float(tensor.abs().max())
+        raise UserError(f"{name} has numbers up to {largest:.3g}, which fp16 cannot hold. Export it as bf16 or fp32.")
+    return found
+
+
+@contextmanager
+def _aside(out: Path, num_bytes: int) -> Generator[Path]:
+    """A folder beside `out` that becomes it when the block ends well, and goes when it does not."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out}: it is there already, and nothing is written over. Name another folder.")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < num_bytes:
+            raise UserError(f"{out}: {num_bytes / 1e9:.3g} GB of weights, and the disk has {free / 1e9:.3g} GB free")
+        partial.mkdir()
+        try:
+            yield partial
+            for file in partial.iterdir():
+                _sync(file)
+            partial.rename(out)
+            _sync(out.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{out}: it cannot be written: {error.strerror}") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
