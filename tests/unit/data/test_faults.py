@@ -115,7 +115,5 @@ def test_the_limit_counts_what_this_rank_reads() -> None:
     for number in (0, 1, 1, 0):
         faults.skip(0, number, bad[number], "data", lambda: 1000)
     assert faults.counts == {"damaged": 2}
-    with pytest.raises(
-        UserError, match=r"sample 2: damaged\. With it 30 bytes of 250 are bad, more than data"
-    ):
+    with pytest.raises(UserError, match=r"sample 2: damaged\. With it 30 bytes of 250 are bad, more than data"):
         faults.skip(0, 2, bad[2], "data", lambda: 1000)
