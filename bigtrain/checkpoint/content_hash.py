@@ -3,10 +3,10 @@
     H = sum over (row, column) of bits[row, column] x K(column) x P(row)    mod 2^64
 
 K and P are odd pseudo-random numbers, functions of the index alone. It is a sum: every rank adds up the rectangles that
-it writes or has read, nothing is gathered, and all ranks' sums together are the hash of the whole tensor, however it was
-cut. As the factors are odd, a change of one element always changes H; others go unseen with a chance of about 2^-32. It
-finds accidents, not forgeries. `bits` are the elements' bit patterns, so -0.0 differs from 0.0. (Multilinear hashing as
-in Lemire and Kaser, https://arxiv.org/abs/1202.4961, with factors that are products, so that few are stored.)
+it writes or has read, nothing is gathered, and the sums of all ranks together are the hash of the whole tensor, however
+it was cut. As the factors are odd, a change of one element always changes H; others go unseen with a chance of about
+2^-32. It finds accidents, not forgeries. `bits` are the elements' bit patterns, so -0.0 differs from 0.0. (Multilinear
+hashing as in Lemire and Kaser, https://arxiv.org/abs/1202.4961, with factors that are products, so few are stored.)
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _table(size: int, stream: int) -> torch.Tensor:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = (z ^ (z >> np.uint64(31))) | np.uint64(1)
-    return torch.from_numpy(z.view(np.int64))
+    return torch.from_numpy(z.view(np.int64))  # pyright: ignore[reportUnknownMemberType]
 
 
 def _factors(size: int, stream: int) -> torch.Tensor:

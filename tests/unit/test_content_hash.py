@@ -40,9 +40,7 @@ def test_it_is_the_formula(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert content_hash.of_rectangle(tensor, (0,) * len(shape)) == oracle(tensor)
 
 
-def fragments(
-    whole: torch.Tensor, tensor_size: int, data_size: int, dim: int | None, parts: int
-) -> list[list[Fragment]]:
+def cut(whole: torch.Tensor, tensor_size: int, data_size: int, dim: int | None, parts: int) -> list[list[Fragment]]:
     """As that many ranks would hold a matrix: one list a rank."""
     found: list[list[Fragment]] = []
     for rank in range(tensor_size):
