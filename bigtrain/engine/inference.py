@@ -53,9 +53,15 @@ def load(opened: OpenModel, *, tensor: int = 1, device: str = "auto", dtype: str
     runtime = start(replace(config, cluster=replace(config.cluster, device=device)))
     (decoder,) = build(config, runtime)
     decoder.to(runtime.device).eval()
+    topology = runtime.topology
     opened.read(
-        Fragment(shard, 0, {"weight": parameter.data.view(-1)}, owned=False)
-        for shard, parameter in shards_of(decoder, runtime.topology)
+        Fragment(
+            shard,
+            0,
+            {"weight": parameter.data.view(-1)},
+            owned=topology.data_rank == 0 and (shard.dim is not None or topology.tensor_rank == 0),
+        )
+        for shard, parameter in shards_of(decoder, topology)
     )
     return Loaded(decoder, opened.tokenizer, opened.model, opened.step, runtime)
 

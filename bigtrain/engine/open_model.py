@@ -32,7 +32,7 @@ class OpenModel:
         """Fill `fragments` (kind "weight") with their parts of the weights; no rank holds the whole. Collective."""
         from bigtrain.checkpoint import store
 
-        store.load(self.folder, fragments)
+        store.load_weights(self.folder, fragments)
 
     def check_tensor(self, tensor: int) -> None:
         """Raise UserError where the model does not divide into `tensor` ranks."""
