@@ -26,7 +26,7 @@ from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.reader import SafeReader, tensors_in
 from bigtrain.checkpoint.slices import Fragment, GlobalTensor, state_dict_of
 from bigtrain.checkpoint.stored import Stored
-from bigtrain.checkpoint.writer import Saved, Writer
+from bigtrain.checkpoint.writer import Check, Places, Saved, Writer
 from bigtrain.config.errors import UserError
 
 
@@ -64,10 +64,12 @@ def save_tensors(
     files: Mapping[str, bytes] | None = None,
     group: dist.ProcessGroup | None = None,
     on_item: Callable[[str], None] | None = None,
+    places: Places | None = None,
+    check: Check | None = None,
 ) -> Saved | None:
     """As `save`, of tensors by ``kind.name``: plain ones, or those that tell their chunks as `GlobalTensor` does. On
-    this process alone where torch.distributed is not in use. `on_item` is told each name."""
-    writer = Writer(root, step, state, files or {}, on_item=on_item)
+    this process alone where torch.distributed is not in use. `on_item`, `places`, `check`: see `Writer`."""
+    writer = Writer(root, step, state, files or {}, on_item=on_item, places=places, check=check)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:

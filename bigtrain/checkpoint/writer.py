@@ -31,6 +31,10 @@ from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint.direct_file import DirectFile
 from bigtrain.checkpoint.manifest import File, Tensor
 
+Places = Mapping[tuple[str, tuple[int, ...]], int]
+"""Chunks, by tensor and offsets, in the order in which they are written, and the number of the file of each."""
+Check = Callable[[Mapping[str, Tensor]], None]
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -63,11 +67,15 @@ class Writer(FileSystemWriter):
         files: Mapping[str, bytes],
         *,
         on_item: Callable[[str], None] | None = None,
+        places: Places | None = None,
+        check: Check | None = None,
     ) -> None:
-        """`state`, `files`: see `folders.commit`. `on_item` is told the name of each tensor."""
+        """`state`, `files`: see `folders.commit`. `on_item` is told the name of each tensor. `places`: which file each
+        chunk goes into, and in which order; None: all into this rank's. `check` is shown, on rank 0, what was written
+        before it counts; what it raises stops the commit."""
         super().__init__(folders.partial_of(root, step))
         self._root, self._step, self._state, self._files = root, step, state, files
-        self._on_item = on_item
+        self._on_item, self._places, self._check = on_item, places, check
         self.saved: Saved | None = None
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -78,15 +86,14 @@ class Writer(FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"{plan.storage_data.prefix}0.distcp"
         results: list[WriteResult] = []
         sums: dict[str, int] = {}
         files: dict[str, File] = {}
-        if plan.items:
+        for name, items in self._by_file(plan).items():
             file = DirectFile(folders.partial_of(self._root, self._step) / name)
             try:
                 with _no_zip_checksums(), ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
-                    for item in plan.items:
+                    for item in items:
                         results.append(self._write_item(item, planner, file, name, hasher, sums))
                 files[name] = file.close()
             finally:
@@ -94,6 +101,15 @@ class Writer(FileSystemWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result(_Results(results, files, sums))
         return done
+
+    def _by_file(self, plan: SavePlan) -> dict[str, list[WriteItem]]:
+        if self._places is None:
+            return {f"{plan.storage_data.prefix}0.distcp": list(plan.items)} if plan.items else {}
+        by_place = {(item.index.fqn, tuple(item.index.offset or ())): item for item in plan.items}
+        found: dict[str, list[WriteItem]] = {}
+        for place, number in self._places.items():
+            found.setdefault(f"__{number}_0.distcp", []).append(by_place[place])
+        return found
 
     def _write_item(
         self,
@@ -125,6 +141,8 @@ class Writer(FileSystemWriter):
             for name, meta in cast("dict[str, Any]", metadata.state_dict_metadata).items()
             if isinstance(meta, TensorStorageMetadata)
         }
+        if self._check is not None:
+            self._check(tensors)
         files = {name: file for each in written for name, file in each.files.items()}
         folder = folders.commit(self._root, self._step, self._state, self._files, tensors=tensors, written=files)
         self.saved = Saved(folder, sum(file.size_bytes for file in files.values()))
