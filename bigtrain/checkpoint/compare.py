@@ -6,8 +6,10 @@ what their manifests say: `verify` tells whether the files still hold it.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +27,7 @@ class Values:
     """By how much two tensors of one shape differ, both as fp64."""
 
     num_different: int
-    """Elements; of one dtype those whose bits differ."""
+    """Elements whose bits differ; of two dtypes, those that differ once the wider is rounded to the narrower."""
     numel: int
     largest: float
     """Absolute difference; inf where one of the two alone is no number."""
@@ -55,6 +57,8 @@ class Comparison:
     tensors: list[Difference]
     state: list[tuple[str, Any, Any]]
     """Entries of state.json that differ: name with dots, in A, in B; None where it is not there."""
+    kinds_alone: dict[str, tuple[str, int]]
+    """Kinds of which only one has tensors, as of weights without moments: which, A or B, and how many tensors."""
 
     @property
     def is_equal(self) -> bool:
@@ -76,7 +80,69 @@ def compare(a: Path, b: Path, *, values: bool = False, progress: Callable[[int],
     if values:
         found = list(_with_values(found, a, b, progress))
     state = list(_entries(folders.state_of(a), folders.state_of(b)))
-    return Comparison(num_equal, found, state)
+    kinds = _kinds(ours), _kinds(theirs)
+    alone = {kind: ("A", count) for kind, count in kinds[0].items() if kind not in kinds[1]}
+    alone |= {kind: ("B", count) for kind, count in kinds[1].items() if kind not in kinds[0]}
+    return Comparison(num_equal, found, state, alone)
+
+
+def _kinds(tensors: Iterable[str]) -> Counter[str]:
+    return Counter(name.partition(".")[0] for name in tensors)
+
+
+def lines(found: Comparison, a: str, b: str) -> list[str]:
+    """A line a difference; one line for none."""
+    if found.is_equal:
+        return [f"the same: {found.num_equal} tensors, by their hashes, and {folders.STATE}"]
+    rows: list[str] = [f"A: {a}", f"B: {b}"]
+    for each in found.tensors:
+        if not (each.a and each.b):
+            if each.name.partition(".")[0] not in found.kinds_alone:
+                rows.append(f"only in {'A' if each.a else 'B'}: {each.name}: {each.a or each.b}")
+        elif each.values is None:
+            rows.append(f"differs: {each.name}: {each.a} in A, {each.b} in B")
+        else:
+            rows.append(f"differs: {each.name}: {_told(each.values)}{_types(each)}")
+    for kind, (where, count) in found.kinds_alone.items():
+        rows.append(f"only in {where}: all {count} tensors of {kind}")
+    for name, one, other in found.state:
+        rows.append(f"{folders.STATE}: {name}: {_short(one)} in A, {_short(other)} in B")
+    count = sum(1 for each in found.tensors if each.a and each.b)
+    alone = len(found.tensors) - count
+    rows.append(
+        f"{found.num_equal} tensors are the same, {count} differ, {alone} are in one alone; {len(found.state)} entries of "
+        f"{folders.STATE} differ"
+    )
+    return rows
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """The same for a program."""
+    return {
+        "equal": found.is_equal,
+        "num_equal": found.num_equal,
+        "tensors": [{**vars(each), "values": vars(each.values) if each.values else None} for each in found.tensors],
+        "state": [{"name": name, "a": one, "b": other} for name, one, other in found.state],
+    }
+
+
+def _told(values: Values) -> str:
+    share = 100 * values.num_different / max(values.numel, 1)
+    return (
+        f"{values.num_different:,} of {values.numel:,} elements ({share:.3g} %), largest {values.largest:.3g} at "
+        f"{list(values.index)}, relative {values.relative:.3g}"
+    )
+
+
+def _types(each: Difference) -> str:
+    return f" ({each.a} in A, {each.b} in B; counted as the narrower)" if "[" in each.a else ""
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def bytes_that_differ(a: Path, b: Path) -> int:
@@ -158,7 +224,8 @@ def _difference(x: Any, y: Any) -> tuple[Any, Any]:
     same = (x == y) | (x.isnan() & y.isnan())
     difference = torch.where(same, 0.0, difference).nan_to_num(nan=math.inf, posinf=math.inf)
     if x.dtype != y.dtype:
-        return difference, ~same
+        narrow = min((x.dtype, y.dtype), key=lambda dtype: dtype.itemsize)
+        x, y = x.to(narrow), y.to(narrow)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return difference, x.view(bits) != y.view(bits)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import manifest
@@ -123,8 +123,7 @@ def describe(folder: Path) -> Description:
     return Description(folder, marker.is_file(), saved_at, files, state, known, tuple(problems))
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """A folder among the checkpoints of a run."""
 
     folder: Path
@@ -158,6 +157,37 @@ def listed(path: Path) -> list[Listed]:
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         found.append(Listed(folder, int(match[2]), size, folders.loss_of(folder), note))
     return sorted(found, key=lambda each: (each.step or 0, each.folder.name))
+
+
+def listing(found: list[Listed]) -> list[str]:
+    """A line a checkpoint; none for none."""
+    if not found:
+        return []
+    rows = [
+        (each.folder.name, size(each.num_bytes), "" if each.loss is None else f"{each.loss:.4f}", each.note)
+        for each in found
+    ]
+    return [*table([("in the folder", "size", "loss", ""), *rows]), ""]
+
+
+def tensor_lines(described: Description) -> list[str]:
+    """A line a tensor. Imports torch, for the index."""
+    from bigtrain.checkpoint.reader import tensors_in
+
+    there = tensors_in(described.folder)
+    known = described.manifest.tensors if described.manifest else {}
+    rows = [("tensor", "shape", "dtype", "hash", "chunks")]
+    for name, tensor in there.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        value = known[name].hash if name in known else "not in the manifest"
+        rows.append((name, " x ".join(map(str, tensor.shape)) or "scalar", dtype, value, str(len(tensor.chunks))))
+    return ["", *table(rows)]
+
+
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines with the columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def lines(described: Description) -> list[str]:

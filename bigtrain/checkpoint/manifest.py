@@ -76,8 +76,12 @@ def read(folder: Path) -> Manifest:
 def parse(content: bytes) -> Manifest:
     """Raises ValueError, KeyError, TypeError or AttributeError for what no manifest is."""
     fields = json.loads(content)
-    tensors = {name: Tensor(tuple(one.pop("shape")), **one) for name, one in fields["tensors"].items()}
-    return Manifest(tensors, {name: File(**one) for name, one in fields["files"].items()})
+    tensors = {
+        name: Tensor(tuple(map(int, one["shape"])), str(one["dtype"]), str(one["hash"]))
+        for name, one in fields["tensors"].items()
+    }
+    files = {name: File(int(one["size_bytes"]), str(one["xxh3"])) for name, one in fields["files"].items()}
+    return Manifest(tensors, files)
 
 
 def hash_of(content: bytes) -> str:

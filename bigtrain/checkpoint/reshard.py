@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from bigtrain.checkpoint import content_hash, layout, manifest, store
 from bigtrain.checkpoint import folder as folders
-from bigtrain.checkpoint.describe import INDEX
+from bigtrain.checkpoint.describe import INDEX, size
 from bigtrain.checkpoint.layout import Layout, Piece
 from bigtrain.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest
 from bigtrain.checkpoint.reader import tensors_in
@@ -125,6 +125,21 @@ def plan(
     return Plan(source, kept, known, chunks, weights_only, target)
 
 
+def lines(planned: Plan) -> list[str]:
+    """The plan, for a person."""
+    sizes = [count for count in planned.file_bytes if count]
+    spread = size(sizes[0]) if len(set(sizes)) == 1 else f"{size(min(sizes))} to {size(max(sizes))}"
+    empty = len(planned.files) - len(sizes)
+    rows = [
+        ("from", str(planned.source)),
+        ("tensors", f"{len(planned.tensors)}, {size(planned.num_bytes)}, in {planned.num_chunks:,} chunks"),
+        ("files", f"{len(sizes)} of {spread}" + (f"; {empty} ranks have copies, and write none" if empty else "")),
+        ("largest chunk", size(planned.largest_chunk_bytes)),
+        ("memory", f"{size(planned.buffer_bytes)} at a time, besides the program (about 300 MB)"),
+    ]
+    return [f"{name:<14} {value}" for name, value in rows]
+
+
 def reshard(planned: Plan, out: Path, progress: Callable[[int], None] = lambda _: None) -> Path:
     """Write ``out/step-NNNNNNNN`` as planned, committed; returns it. `out` must be new, or empty. `progress` is told the
     bytes that were written since it was last told.
@@ -134,9 +149,8 @@ def reshard(planned: Plan, out: Path, progress: Callable[[int], None] = lambda _
     step = state["step"]
     if planned.weights_only:
         state = {name: value for name, value in state.items() if name not in _OF_A_RUN} | {"weights_only": True}
+    check_new(out)
     is_new = not out.exists()
-    if not is_new and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: it is there already, and nothing is written over. Name another folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with Stored(planned.source) as stored:
@@ -150,6 +164,12 @@ def reshard(planned: Plan, out: Path, progress: Callable[[int], None] = lambda _
         if isinstance(error, store.SaveError):
             raise UserError(f"{out}: {error}") from error
         raise
+
+
+def check_new(out: Path) -> None:
+    """Raise UserError for a folder that has something in it: a run's own checkpoints may be among it."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"{out}: it is there already, and nothing is written over. Name another folder.")
 
 
 def _write(

@@ -100,7 +100,7 @@ def _tensors(folder: Path, known: Manifest, progress: Progress) -> Iterator[str]
     try:
         there = tensors_in(folder)
     except UserError as error:
-        yield f".metadata: {str(error).removeprefix(f'checkpoint {folder}: ')}"
+        yield f".metadata: no tensor was read: {str(error).removeprefix(f'checkpoint {folder}: ')}"
         return
     for name in sorted(known.tensors.keys() - there.keys()):
         yield f"{name}: the index .metadata does not know it"
