@@ -32,7 +32,8 @@ EXAMPLES = """examples:
 CKPT is a checkpoint (runs/default/checkpoints/step-00000300), a run's folder or its checkpoints/latest: then the
 newest. COMMAND --help tells more. docs/checkpoints.md tells what is in one.
 
-exit status: 0 done; 1 verify found damage, diff a difference; 2 something is wrong, and nothing was written; 130 Ctrl-C"""
+exit status: 0 done, 1 verify found damage or diff a difference, 2 something is wrong and nothing was written,
+130 Ctrl-C"""
 
 
 INSPECT = """examples:
@@ -46,7 +47,9 @@ VERIFY = """examples:
   python tools/checkpoint.py verify runs/default --all --files-only
 
 Checks COMMITTED against manifest.json, every file's size and hash, and of every tensor shape, dtype, chunks and the
-hash of its numbers. Reads in blocks: little memory, whatever the size. exit status: 0 whole, 1 damaged, 2 no checkpoint"""
+hash of its numbers. Reads in blocks: little memory, whatever the size.
+
+exit status: 0 whole, 1 damaged, 2 no checkpoint"""
 DIFF = """examples:
   python tools/checkpoint.py diff runs/a/checkpoints/step-00000300 runs/b/checkpoints/step-00000300
   python tools/checkpoint.py diff runs/a runs/b --values
@@ -59,9 +62,9 @@ RESHARD = """examples:
   python tools/checkpoint.py reshard runs/default out --weights-only --dtype bf16
 
 Any layout loads any checkpoint as it is: no run needs this. It makes small ones of large ones, and files that each rank
-of a layout reads alone and from front to back. Streams: under 1 GiB of memory, whatever the size. The tensors' hashes must come out as
-they were, or nothing is committed. --dtype wants --weights-only: a run goes on from fp32 masters, and rounded ones
-would make it another run."""
+of a layout reads alone and from front to back. It streams: under 1 GiB of memory, whatever the size. The tensors'
+hashes must come out as they were, or nothing is committed. --dtype wants --weights-only: a run goes on from fp32
+masters, and rounded ones would make it another run."""
 
 
 class Command(NamedTuple):
@@ -76,6 +79,8 @@ class Command(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    # beside a training run the threads of torch would wait for each other, seven times as long as one of them works
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.simplefilter("ignore")  # torch's, of being alone
     logging.disable(logging.WARNING)
     return exit_status(lambda: options.run(options), "stopped; nothing was written")
@@ -258,7 +263,9 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", nargs="+", help="a checkpoint, or a run's folder (its newest)")
     parser.add_argument("--all", action="store_true", help="of a run's folder every committed one")
     parser.add_argument(
-        "--files-only", action="store_true", help="compare the files alone: half the reading; finds any byte that changed"
+        "--files-only",
+        action="store_true",
+        help="compare the files alone: half the reading; finds any byte that changed",
     )
 
 
@@ -268,8 +275,7 @@ def _diff_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--values",
         action="store_true",
-        help="read the tensors that differ, and say by how much (takes as long as reading them; other dtypes are compared "
-        "as fp64)",
+        help="read the tensors that differ, and say by how much (takes as long as reading them)",
     )
     parser.add_argument("--json", action="store_true", help="for a program")
 

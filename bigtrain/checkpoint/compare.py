@@ -74,7 +74,9 @@ def compare(a: Path, b: Path, *, values: bool = False, progress: Callable[[int],
     for name in sorted(ours.keys() | theirs.keys()):
         one, other = ours.get(name), theirs.get(name)
         if one is None or other is None or one != other:
-            has_same_type = one is not None and other is not None and (one.shape, one.dtype) == (other.shape, other.dtype)
+            has_same_type = (
+                one is not None and other is not None and (one.shape, one.dtype) == (other.shape, other.dtype)
+            )
             found.append(Difference(name, _shown(one, has_same_type), _shown(other, has_same_type)))
     num_equal = len(ours.keys() & theirs.keys()) - sum(1 for each in found if each.a and each.b)
     if values:
@@ -110,8 +112,8 @@ def lines(found: Comparison, a: str, b: str) -> list[str]:
     count = sum(1 for each in found.tensors if each.a and each.b)
     alone = len(found.tensors) - count
     rows.append(
-        f"{found.num_equal} tensors are the same, {count} differ, {alone} are in one alone; {len(found.state)} entries of "
-        f"{folders.STATE} differ"
+        f"{found.num_equal} tensors are the same, {count} differ, {alone} are in one alone; "
+        f"{len(found.state)} entries of {folders.STATE} differ"
     )
     return rows
 

@@ -266,12 +266,15 @@ def _model(described: Description) -> str:
         return described.setting("model", name)
 
     trained = described.setting("precision", "dtype")
-    return (
-        f"{get('name')}: {get('num_layers')} layers, width {get('hidden_size')}, {get('num_attention_heads')} heads "
-        f"({get('num_query_groups')} key/value), feed-forward {get('ffn_hidden_size')}, vocabulary {get('vocab_size')}, "
-        f"{get('position')}, {get('norm')}, {get('activation')}{', tied embeddings' if get('tie_embeddings') else ''}"
-        f"{f'; trained in {trained}' if trained else ''}"
-    )
+    parts = [
+        f"{get('num_layers')} layers, width {get('hidden_size')}",
+        f"{get('num_attention_heads')} heads ({get('num_query_groups')} key/value)",
+        f"feed-forward {get('ffn_hidden_size')}, vocabulary {get('vocab_size')}",
+        f"{get('position')}, {get('norm')}, {get('activation')}",
+        *(["tied embeddings"] if get("tie_embeddings") else []),
+        *([f"trained in {trained}"] if trained else []),
+    ]
+    return f"{get('name')}: {', '.join(parts)}"
 
 
 def _ranks(ranks: list[int]) -> str:

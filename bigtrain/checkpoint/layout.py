@@ -82,7 +82,9 @@ def of_layout(shapes: Shapes, model: ModelConfig, layout: Layout) -> list[list[P
     except ValueError as error:
         raise UserError(f"{error}: lower --pipeline or --virtual-pipeline") from error
     chunks = _chunks(shapes, model, layers)
-    stages = [[name for chunk in chunks[stage :: layout.pipeline] for name in chunk] for stage in range(layout.pipeline)]
+    stages = [
+        [name for chunk in chunks[stage :: layout.pipeline] for name in chunk] for stage in range(layout.pipeline)
+    ]
     ranks = [
         list(_of_rank(stages[stage], shapes, model, layout, tensor_rank, data_rank))
         for stage in range(layout.pipeline)
@@ -102,7 +104,9 @@ def in_files(shapes: Shapes, number: int) -> list[list[Piece]]:
     for name, shape in shapes.items():
         rows, row = (shape[0], prod(shape[1:])) if shape else (1, 1)
         first = 0
-        while first < rows:
+        if not prod(shape):
+            found[-1].append(Piece(name, (0,) * len(shape), shape))
+        while first < rows and prod(shape):
             file = min((done + row // 2) * number // max(total, 1), number - 1)
             room = -(-total * (file + 1) // number) - done
             fit = rows if file == number - 1 else max(1, round(room / max(row, 1)))
@@ -115,7 +119,7 @@ def in_files(shapes: Shapes, number: int) -> list[list[Piece]]:
 
 def cut(piece: Piece, element_bytes: int, most: int = CHUNK_BYTES) -> Iterator[Piece]:
     """A piece in chunks of whole rows of it, of `most` bytes or one row."""
-    if not piece.sizes:
+    if not piece.sizes or not piece.numel:
         yield piece
         return
     rows = max(1, most // max(prod(piece.sizes[1:]) * element_bytes, 1))
@@ -134,8 +138,8 @@ def _check(shapes: Shapes, model: ModelConfig, layout: Layout) -> None:
         raise UserError("--virtual-pipeline: chunks are interleaved over stages; give --pipeline 2 or more")
     if model.num_query_groups % layout.tensor:
         raise UserError(
-            f"--tensor {layout.tensor}: the model has {model.num_query_groups} key/value heads, and each rank has whole "
-            "ones. Take a divisor of it."
+            f"--tensor {layout.tensor}: the model has {model.num_query_groups} key/value heads, and each rank has "
+            "whole ones. Take a divisor of it."
         )
     known = set(_names(range(model.num_layers)))
     for name, shape in shapes.items():
@@ -197,8 +201,8 @@ def _shard(name: str, shape: tuple[int, ...], model: ModelConfig, size: int, ran
 
 
 def _runs(shards: Sequence[Shard], layout: Layout, data_rank: int) -> list[tuple[int, int]]:
-    """(start, elements) of each local tensor that ZeRO leaves to a data rank: of stages 1 and 2 an equal run of all that
-    decay, end to end, and one of all others (`optim/optimizer.py`); of stage 3 an equal run of each."""
+    """(start, elements) of each local tensor that ZeRO leaves to a data rank: of stages 1 and 2 an equal run of all
+    that decay, end to end, and one of all others (`optim/optimizer.py`); of stage 3 an equal run of each."""
     if layout.zero in (0, 3):
         size = layout.data if layout.zero == 3 else 1
         whole = [(shard.numel, -(-shard.numel // size)) for shard in shards]

@@ -3,8 +3,8 @@ dtype.
 
 No run needs it to change its layout: any layout loads any checkpoint. It is for what comes after, weights alone for
 others, and for loads that read one file a rank. `plan` decides (`layout`), `reshard` carries it out a chunk at a time.
-The hashes of the tensors do not depend on how they are cut, so the new manifest must have the old one's: if it does not,
-nothing is committed. Where the dtype changes, what is read is hashed as it is read.
+The hashes of the tensors do not depend on how they are cut, so the new manifest must have the old one's: if it does
+not, nothing is committed. Where the dtype changes, what is read is hashed as it is read.
 """
 
 # pyright: reportUnknownMemberType=false, reportPrivateImportUsage=false
@@ -90,8 +90,8 @@ def plan(
     weights_only: bool = False,
     dtype: str | None = None,
 ) -> Plan:
-    """Plan to write the committed checkpoint `source` anew for a layout, into `num_files` files, or else with a file for
-    each that it has. Nothing is written.
+    """Plan to write the committed checkpoint `source` anew for a layout, into `num_files` files, or else with as many
+    files as it has. Nothing is written.
 
     Raises UserError for a dtype without `weights_only`: moments and fp32 master weights would be rounded, and the run
     would go on differently. Also for a layout that the model cannot have, and for a damaged index."""
@@ -141,8 +141,8 @@ def lines(planned: Plan) -> list[str]:
 
 
 def reshard(planned: Plan, out: Path, progress: Callable[[int], None] = lambda _: None) -> Path:
-    """Write ``out/step-NNNNNNNN`` as planned, committed; returns it. `out` must be new, or empty. `progress` is told the
-    bytes that were written since it was last told.
+    """Write ``out/step-NNNNNNNN`` as planned, committed; returns it. `out` must be new, or empty. `progress` is told
+    the bytes that were written since it was last told.
 
     Raises UserError for a source that is damaged and for a disk that is full; nothing is left then."""
     state = folders.state_of(planned.source)
@@ -273,7 +273,9 @@ def _check(source: Path, known: Manifest, there: Mapping[str, StoredTensor]) -> 
 
 
 def _of_layout(kept: Mapping[str, StoredTensor], model: ModelConfig, wanted: Layout) -> list[list[Piece]]:
-    kinds = list(dict.fromkeys(name.partition(".")[0] for name in sorted(kept, key=lambda n: not n.startswith("weight."))))
+    kinds = list(
+        dict.fromkeys(name.partition(".")[0] for name in sorted(kept, key=lambda n: not n.startswith("weight.")))
+    )
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in kept.items():
         bare = name.partition(".")[2]
@@ -298,8 +300,8 @@ def _model_of(source: Path, state: Mapping[str, Any]) -> ModelConfig:
             raise ValueError(f"numbers {numbers}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"checkpoint {source}: its model is not one that this version knows ({error}), so no layout says who writes "
-            "what; use --files N"
+            f"checkpoint {source}: its model is not one that this version knows ({error}), so no layout says who "
+            "writes what; use --files N"
         ) from error
     return model
 

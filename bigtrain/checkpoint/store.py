@@ -75,7 +75,7 @@ def save_tensors(
     except (CheckpointException, OSError, RuntimeError) as error:
         folders.drop_partial(root, step)
         failed = SaveError(f"the checkpoint of step {step} was not saved: {_cause(error)}")
-        raise _user_error(error) or failed from error
+        raise _reason_of_ours(error) or failed from error
     if writer.saved is not None and keep is not None:
         folders.prune(root, keep)
     return writer.saved
@@ -178,10 +178,11 @@ def _from_all(mine: Any) -> list[Any]:
     return said
 
 
-def _user_error(error: BaseException) -> UserError | None:
-    """What stopped a save, where it was what is saved: a tensor that is made when it is written may be damaged."""
+def _reason_of_ours(error: BaseException) -> BaseException | None:
+    """What stopped a save, where it was not the disk: a tensor that is made when it is written may be damaged, or
+    Ctrl-C. DCP hides both in its own exception."""
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
-    return next((cause for cause in causes if isinstance(cause, UserError)), None)
+    return next((cause for cause in causes if isinstance(cause, UserError | KeyboardInterrupt)), None)
 
 
 def _cause(error: BaseException) -> str:

@@ -110,7 +110,9 @@ def test_weights_in_bf16_are_those_rounded(first: Path, tmp_path: Path, capsys: 
     assert main(["diff", str(second), str(first), "--values"]) == 1
     said = capsys.readouterr().out
     assert "(bfloat16 [64] in A, float32 [64] in B; counted as the narrower)" in said
-    assert "only in B: all 15 tensors of exp_avg" in said and "state.json: weights_only: true in A, nothing in B" in said
+    assert (
+        "only in B: all 15 tensors of exp_avg" in said and "state.json: weights_only: true in A, nothing in B" in said
+    )
 
 
 def test_numbers_that_are_none_and_zeros_with_signs(tmp_path: Path) -> None:
@@ -130,7 +132,9 @@ def test_numbers_that_are_none_and_zeros_with_signs(tmp_path: Path) -> None:
 
 
 def test_entries_of_the_settings(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    second = save(tmp_path / "b", tensors(), versions={"bigtrain": "0.2.0"}, config={"optim": {"lr": 0.002}, "x": "y" * 99})
+    second = save(
+        tmp_path / "b", tensors(), versions={"bigtrain": "0.2.0"}, config={"optim": {"lr": 0.002}, "x": "y" * 99}
+    )
     assert main(["diff", str(first), str(second)]) == 1
     said = capsys.readouterr().out
     assert "config.optim.lr: 0.001 in A, 0.002 in B" in said

@@ -120,7 +120,9 @@ def test_what_is_no_checkpoint(tmp_path: Path, path: str, capsys: pytest.Capture
     (tmp_path / "file").touch()
     assert main(["inspect", str(tmp_path / path)]) == 2
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith(f"error: checkpoint {tmp_path / path}: ") and said.err.count("\n") == 1
+    assert (
+        said.out == "" and said.err.startswith(f"error: checkpoint {tmp_path / path}: ") and said.err.count("\n") == 1
+    )
 
 
 def test_sizes() -> None:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_tensors_that_the_index_and_the_manifest_do_not_share(checkpoint: Path) 
 def test_chunks_that_overlap(checkpoint: Path) -> None:
     """Two halves of which one lies over the other add up, and cover half."""
     index = read_index(checkpoint)
-    meta = index.state_dict_metadata[EMBEDDING]
+    meta: Any = index.state_dict_metadata[EMBEDDING]
     whole = index.storage_data[MetadataIndex(EMBEDDING, torch.Size([0, 0]), 0)]
     half = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([210, 64]))
     other = ChunkStorageMetadata(torch.Size([1, 0]), torch.Size([210, 64]))
