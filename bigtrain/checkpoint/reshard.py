@@ -13,20 +13,20 @@ not, nothing is committed. Where the dtype changes, what is read is hashed as it
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from bigtrain.checkpoint import content_hash, layout, manifest, store
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint.describe import INDEX, size
 from bigtrain.checkpoint.layout import Layout, Piece
 from bigtrain.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest
+from bigtrain.checkpoint.pieces import PieceTensor
 from bigtrain.checkpoint.reader import tensors_in
 from bigtrain.checkpoint.stored import BLOCK_BYTES, Stored, StoredTensor
 from bigtrain.checkpoint.verify import uncovered
@@ -75,11 +75,11 @@ class Plan:
 
     @property
     def buffer_bytes(self) -> int:
-        """Most that is held at a time besides the program itself: a chunk as it was read and as it is written, the
-        blocks that are read and written."""
+        """Most that is held at a time besides the program itself: two chunks, one that is read and one that is written,
+        and the blocks that go to the disk."""
         sizes = [(p.numel * self.tensors[p.name].dtype.itemsize, self.bytes_of(p)) for f in self.files for p in f]
         chunk = max((old + (new if self.dtype else 0) for old, new in sizes), default=0)
-        return chunk + 4 * BLOCK_BYTES
+        return 2 * chunk + 4 * BLOCK_BYTES
 
 
 def plan(
@@ -177,16 +177,20 @@ def _write(
 ) -> Path:
     sums: dict[str, int] = {}
 
-    def read(piece: Piece) -> torch.Tensor:
+    def read(piece: Piece) -> tuple[torch.Tensor, int]:
         tensor = planned.tensors[piece.name]
         values = torch.empty(piece.sizes, dtype=tensor.dtype)
         try:
             stored.read(tensor, piece.offsets, values)
         except (OSError, ValueError) as error:
             raise DamagedCheckpoint(f"checkpoint {planned.source}: {piece.name} cannot be read: {error}") from error
-        if planned.dtype is not None:
-            sums[piece.name] = sums.get(piece.name, 0) + content_hash.of_rectangle(values, piece.offsets)
-            values = _converted(values, planned.dtype, piece.name)
+        if planned.dtype is None:
+            return values, 0
+        return _converted(values, planned.dtype, piece.name), content_hash.of_rectangle(values, piece.offsets)
+
+    def take(piece: Piece) -> torch.Tensor:
+        values, added = ahead.take(piece)
+        sums[piece.name] = sums.get(piece.name, 0) + added
         progress(planned.bytes_of(piece))
         return values
 
@@ -206,56 +210,38 @@ def _write(
             pieces[piece.name].append(piece)
             places[piece.name, piece.offsets] = number
     tensors = {
-        name: _Pieces.of(tensor.shape, planned.dtype or tensor.dtype, pieces[name], read)
+        name: PieceTensor.of(tensor.shape, planned.dtype or tensor.dtype, pieces[name], take)
         for name, tensor in planned.tensors.items()
     }
-    saved = store.save_tensors(out, step, tensors, state, files=_other_files(planned), places=places, check=check)
+    with ThreadPoolExecutor(1, "reshard-read") as pool:
+        ahead = _Ahead([piece for file in planned.files for piece in file], read, pool)
+        saved = store.save_tensors(out, step, tensors, state, files=_other_files(planned), places=places, check=check)
     if saved is None:
         raise OSError(errno.EIO, "nothing was saved")
     return saved.folder
 
 
-class _Pieces(torch.Tensor):
-    """A tensor whose chunks are read when torch.distributed.checkpoint writes them."""
+class _Ahead:
+    """Reads the next piece while one is written."""
 
-    pieces: dict[tuple[int, ...], Piece]
-    read: Callable[[Piece], torch.Tensor]
+    def __init__(
+        self, pieces: list[Piece], read: Callable[[Piece], tuple[torch.Tensor, int]], pool: ThreadPoolExecutor
+    ) -> None:
+        self._pieces, self._read, self._pool = iter(pieces), read, pool
+        self._next = self._begin()
 
-    @staticmethod
-    def of(
-        shape: tuple[int, ...], dtype: torch.dtype, pieces: Iterable[Piece], read: Callable[[Piece], torch.Tensor]
-    ) -> _Pieces:
-        wrapper: Any = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            _Pieces, shape, dtype=dtype
-        )
-        tensor = cast(_Pieces, wrapper)
-        tensor.pieces, tensor.read = {piece.offsets: piece for piece in pieces}, read
-        return tensor
+    def _begin(self) -> tuple[Piece, Future[tuple[torch.Tensor, int]]] | None:
+        piece = next(self._pieces, None)
+        return None if piece is None else (piece, self._pool.submit(self._read, piece))
 
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(f"{func}: these have not been read yet")
-
-    def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                MetadataIndex(fqn, chunk.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, self.shape),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in self.pieces.values()]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        return self.read(self.pieces[tuple(index.offset or (0,) * self.dim())])
+    def take(self, piece: Piece) -> tuple[torch.Tensor, int]:
+        """The pieces must be taken in their order."""
+        if self._next is None or self._next[0] != piece:
+            raise ValueError(f"{piece} is not the next")
+        _, pending = self._next
+        values = pending.result()
+        self._next = self._begin()
+        return values
 
 
 def _check(source: Path, known: Manifest, there: Mapping[str, StoredTensor]) -> None:
