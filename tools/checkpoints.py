@@ -66,7 +66,7 @@ def inspect(options: argparse.Namespace) -> int:
             for line in describe.tensor_lines(described):
                 print(line)
     for problem in described.problems if described else ():
-        print(f"damaged: {problem}", file=sys.stderr)
+        print(f"problem: {problem}", file=sys.stderr)
     return 1 if described is None or described.problems else 0
 
 

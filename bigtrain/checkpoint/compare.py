@@ -71,7 +71,7 @@ def compare(a: Path, b: Path, *, values: bool = False, progress: Callable[[int],
     read. Raises UserError for a checkpoint that cannot be read."""
     ours, theirs = manifest.read(a).tensors, manifest.read(b).tensors
     found: list[Difference] = []
-    for name in sorted(ours.keys() | theirs.keys()):
+    for name in sorted(ours.keys() | theirs.keys(), key=lambda name: (not name.startswith("weight."), name)):
         one, other = ours.get(name), theirs.get(name)
         if one is None or other is None or one != other:
             has_same_type = (

@@ -132,7 +132,7 @@ def plan(
 def lines(planned: Plan) -> list[str]:
     """The plan, for a person."""
     sizes = [count for count in planned.file_bytes if count]
-    spread = size(sizes[0]) if len(set(sizes)) == 1 else f"{size(min(sizes))} to {size(max(sizes))}"
+    spread = " to ".join(dict.fromkeys((size(min(sizes, default=0)), size(max(sizes, default=0)))))
     empty = len(planned.files) - len(sizes)
     rows = [
         ("from", str(planned.source)),

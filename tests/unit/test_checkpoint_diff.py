@@ -50,7 +50,7 @@ def test_figures_are_numpys(first: Path, tmp_path: Path, capsys: pytest.CaptureF
     other = save(tmp_path / "b", changed, step=301)
     second = resharding.reshard(resharding.plan(other, layout_=Layout(tensor=4, data=2)), tmp_path / "c")
     found = compare(first, second, values=True)
-    assert [each.name for each in found.tensors] == [NORM, FC1] and found.num_equal == 43
+    assert [each.name for each in found.tensors] == [FC1, NORM] and found.num_equal == 43
     for each in found.tensors:
         a, b = tensors()[each.name].numpy().astype(np.float64), changed[each.name].numpy().astype(np.float64)
         difference = np.abs(a - b)
@@ -124,8 +124,8 @@ def test_numbers_that_are_none_and_zeros_with_signs(tmp_path: Path) -> None:
         return found
 
     nan, inf = float("nan"), float("inf")
-    signs = values([0.0, 1.0, nan], [-0.0, 1.0, nan])
-    assert (signs.num_different, signs.largest, signs.relative) == (1, 0.0, 0.0)
+    signs = values([0.0, 0.0, 1.0, nan], [-0.0, -0.0, 1.0, nan])
+    assert (signs.num_different, signs.largest, signs.relative) == (2, 0.0, 0.0)
     assert values([1.0, 2.0], [1.0, nan]).largest == inf
     both = values([inf, 2.0, 5.0], [inf, 2.0, 4.0])
     assert (both.num_different, both.largest, both.index) == (1, 1.0, (2,))

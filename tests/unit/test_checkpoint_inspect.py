@@ -100,7 +100,7 @@ def test_a_damaged_one_shows_what_is_left(run: Path, capsys: pytest.CaptureFixtu
     (newest / "state.json").write_text("{")
     assert main(["inspect", str(newest)]) == 1
     said = capsys.readouterr()
-    assert "parameters" in said.out and said.err.startswith("damaged: ") and "state.json cannot be read" in said.err
+    assert "parameters" in said.out and said.err.startswith("problem: ") and "state.json cannot be read" in said.err
     flip(newest / "manifest.json", 100)
     assert main(["inspect", str(newest)]) == 1
     assert "manifest.json" in capsys.readouterr().err

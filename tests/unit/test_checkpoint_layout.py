@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.checkpoint import layout as layouts
@@ -30,6 +30,7 @@ def covered(files: list[list[Piece]], shapes: dict[str, tuple[int, ...]]) -> dic
     return counts
 
 
+@settings(deadline=None, max_examples=40)  # a busy machine
 @given(
     tensor=st.sampled_from([1, 2, 4]),
     pipeline=st.integers(1, 5),
@@ -46,6 +47,7 @@ def test_every_layout_writes_every_element_once(
     assert all((count == 1).all() for count in covered(files, shapes).values())
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(min_size=1), st.lists(st.integers(1, 9), max_size=2).map(tuple), min_size=1), st.data())
 def test_files_are_equally_large(shapes: dict[str, tuple[int, ...]], data: st.DataObject) -> None:
     number = data.draw(st.integers(1, 5))
@@ -56,6 +58,7 @@ def test_files_are_equally_large(shapes: dict[str, tuple[int, ...]], data: st.Da
     assert max(sizes) - min(sizes) <= 2 * 9
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 400))
 def test_cuts_are_rows_that_fit(rows: int, columns: int, most: int) -> None:
     pieces = list(layouts.cut(Piece("a", (3, 4), (rows, columns)), 4, most))
