@@ -101,6 +101,9 @@ def plan(
     would go on differently. Also for a layout that the model cannot have, and for a damaged index."""
     known, there = manifest.read(source), tensors_in(source)
     state = folders.state_of(source)
+    saved = known.files.get(folders.STATE)
+    if saved is None or manifest.file_of(source / folders.STATE) != saved or type(state.get("step")) is not int:
+        raise DamagedCheckpoint(f"checkpoint {source}: {folders.STATE} has changed since it was saved")
     if dtype is not None and not (weights_only or state.get("weights_only")):
         raise UserError(
             f"--dtype {dtype}: a checkpoint to go on from has fp32 master weights and moments, which would be rounded. "

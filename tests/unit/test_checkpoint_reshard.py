@@ -181,6 +181,12 @@ def test_tensors_of_no_model_still_go_into_files(tmp_path: Path) -> None:
         resharding.plan(source, layout_=Layout())
 
 
+def reword(file: Path, old: str, new: str) -> None:
+    content = file.read_text()
+    assert old in content
+    file.write_text(content.replace(old, new))
+
+
 def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy" / saved.name))
 
@@ -209,6 +215,7 @@ def test_a_source_that_changed_is_never_committed(
         (lambda source: flip(source / "manifest.json", 500), "not the one that was committed"),
         (lambda source: (source / "COMMITTED").unlink(), "never committed"),
         (lambda source: (source / "state.json").write_text("{"), "state.json cannot be read"),
+        (lambda source: reword(source / "state.json", "4.25", "4.26"), "state.json has changed since it was saved"),
     ],
 )
 def test_a_damaged_source_is_one_error(
