@@ -83,11 +83,12 @@ def resolve(path: Path) -> Path:
 
 
 def prepare(root: Path, step: int, size_bytes: int) -> Path:
-    """An empty partial folder for `step`; what killed saves left is deleted.
+    """An empty partial folder for `step`; what killed saves and deletions left is deleted.
 
     Raises OSError where the disk has no room for `size_bytes`: nothing is written then."""
-    for left in root.glob(".step-*.partial"):
-        shutil.rmtree(left)
+    for left in [*root.glob(".step-*"), *root.glob("step-*")]:
+        if not (left / COMMITTED).exists():
+            shutil.rmtree(left)
     partial = partial_of(root, step)
     partial.mkdir(parents=True)
     free = shutil.disk_usage(root).free
@@ -133,7 +134,8 @@ def commit(
     manifest = Manifest(dict(tensors or {}), known).to_json()
     _write(partial / MANIFEST, manifest)
     _sync(partial)
-    _clear(final)
+    if final.exists():  # of a run that went back behind this step
+        _delete(final)
     partial.rename(final)
     _sync(root)
     _write(final / COMMITTED, f"{hash_of(manifest)}\n".encode())
@@ -142,12 +144,10 @@ def commit(
     return final
 
 
-def _clear(final: Path) -> None:
-    """Delete what stands where a checkpoint shall be: left by a kill between the rename and COMMITTED, or of a run that
-    went back behind this step."""
-    if final.exists():
-        (final / COMMITTED).unlink(missing_ok=True)
-        shutil.rmtree(final)
+def _delete(folder: Path) -> None:
+    """From the first act on it does not count."""
+    (folder / COMMITTED).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _turn_latest(root: Path, target: Path) -> None:
@@ -207,9 +207,7 @@ def superseded(checkpoints: Iterable[tuple[int, float | None]], keep: Keep) -> s
 def prune(root: Path, keep: Keep) -> None:
     """Delete the committed checkpoints that are superseded."""
     for step in superseded([(step_of(path) or 0, loss_of(path)) for path in committed(root)], keep):
-        old = path_of(root, step)
-        (old / COMMITTED).unlink()  # from here on it does not count
-        shutil.rmtree(old)
+        _delete(path_of(root, step))
 
 
 def loss_of(folder: Path) -> float | None:

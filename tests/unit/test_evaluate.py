@@ -39,7 +39,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eval=EvalConfig(num_batches=2),
     )
     folders.partial_of(root / "checkpoints", 5).mkdir(parents=True)
-    folders.commit(root / "checkpoints", 5, {"format": 1, "step": 5, "config": asdict(config)}, tokenizer.files)
+    folders.commit(
+        root / "checkpoints", 5, {"format": folders.FORMAT, "step": 5, "config": asdict(config)}, tokenizer.files
+    )
     return root
 
 
