@@ -97,9 +97,14 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             if saver.last is not None and not saver.last.error:
                 console.note(f"stopped by {name}: {where}{goes_on}")
     if runtime.is_main:
-        write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=time.perf_counter() - begin)
-        with console.phase("writing report.html"):
-            write_report([run_dir])
+        try:
+            write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=time.perf_counter() - begin)
+            with console.phase("writing report.html"):
+                write_report([run_dir])
+        except OSError as error:  # a full disk; what counts is in metrics.jsonl and in the checkpoints
+            console.note(
+                f"{run_dir}: no summary.json or report.html ({error.strerror}); tools/report.py writes the report"
+            )
     stop()
     if saver.last is not None and saver.last.error:
         raise UserError(f"{saver.last.error}. The same command goes on from the newest checkpoint in {saver.root}")
