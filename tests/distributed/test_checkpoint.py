@@ -28,7 +28,7 @@ def train_and_save(config: Config, root: Path, num_steps: int, more_steps: int) 
     engine = Engine(config, start(config))
     _steps(engine, 0, num_steps)
     fragments = state.fragments(engine)
-    store.save(root, num_steps, fragments, {"format": folders.FORMAT, "step": num_steps}, keep=2)
+    store.save(root, num_steps, fragments, {"format": folders.FORMAT, "step": num_steps})
     saved = {kind: small.pieces(fragments, kind) for kind in KINDS}
     return saved, _steps(engine, num_steps, more_steps)
 

@@ -89,7 +89,7 @@ def test_metrics(whole: Path) -> None:
     assert [record["step"] for record in evaluations] == [HALF, STEPS]
     events = [(record["name"], record["step"]) for record in records(whole, "event")]
     saved = [("checkpoint", 9), ("epochs", HALF), ("checkpoint", 18), ("epochs", STEPS), ("checkpoint", STEPS)]
-    assert events == saved
+    assert sorted(events) == sorted(saved), "a save is recorded once it is durable, which may be steps later"
     (source,) = frozen.load(whole).data.train
     tokens = json.loads((Path(source.path) / "index.json").read_text())["num_tokens"]
     epochs = [record["epochs"] for record in records(whole, "event") if record["name"] == "epochs"]

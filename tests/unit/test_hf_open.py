@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from bigtrain import evaluate, generate
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import hf_folder, hf_names
+from bigtrain.checkpoint.reader import tensors_in
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 from bigtrain.data.build import BuildOptions, build
@@ -231,7 +232,16 @@ def _of_more_layers(checkpoint: Path) -> tuple[Path, str]:
     return checkpoint, "it has no tensor weight.decoder.layers.2."
 
 
-@pytest.mark.parametrize("damage", [_nothing, _uncommitted, _of_other_width, _of_more_layers])
+def _other_bits(checkpoint: Path) -> tuple[Path, str]:
+    """In the middle of a weight; moments are not read."""
+    stored = tensors_in(checkpoint)["weight.embedding.word_embeddings.weight"].chunks[0]
+    with (checkpoint / stored.file).open("r+b") as file:
+        file.seek(stored.start + 4000)
+        file.write(b"\xff\x3f")
+    return checkpoint, "weight.embedding.word_embeddings.weight"
+
+
+@pytest.mark.parametrize("damage", [_nothing, _uncommitted, _of_other_width, _of_more_layers, _other_bits])
 def test_mistakes_in_a_checkpoint(
     damage: Callable[[Path], tuple[Path, str]], places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
