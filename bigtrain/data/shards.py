@@ -282,7 +282,8 @@ def open_all(
         ):
             raise UserError(
                 f"{what}: {dataset.name} was made by the tokenizer {dataset.index.tokenizer}, "
-                f"but {whose} is {expected}. Set tokenizer.path={dataset.tokenizer_path}, or build the shards again."
+                f"but {whose} is {expected}. Build the shards again with that one, or give the run "
+                f"tokenizer.path={dataset.tokenizer_path}."
             )
     allow_open_files(sum(2 * len(dataset.index.shards) for dataset in datasets))
     remote = [dataset for dataset in datasets if dataset.is_remote]
