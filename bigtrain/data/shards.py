@@ -57,7 +57,7 @@ class Dataset:
         with ThreadPoolExecutor(_FETCHES_AT_A_TIME) as pool:  # no thread is started for nothing
             load = pool.map if folder.is_remote else map
             self._documents = list(load(self._load_documents, index.shards))
-        self.has_prompts = any("prompt_tokens" in documents.dtype.fields for documents in self._documents)
+        self.has_prompts = any(documents.dtype == PROMPTED_DTYPE for documents in self._documents)
         self._places = [(documents["tokens_at"], documents["num_tokens"]) for documents in self._documents]
 
     @staticmethod
@@ -128,12 +128,12 @@ class Dataset:
         """Of a document: tokens at its begin, BOS counted, that are read and never predicted; 0 of plain text."""
         shard = self.shard_of(document)
         rows = self._documents[shard]
-        return int(rows["prompt_tokens"][document - self._starts[shard]]) if "prompt_tokens" in rows.dtype.fields else 0
+        return int(rows["prompt_tokens"][document - self._starts[shard]]) if rows.dtype == PROMPTED_DTYPE else 0
 
     @property
     def num_prompt_tokens(self) -> int:
         """Of all documents."""
-        prompted = (rows for rows in self._documents if "prompt_tokens" in rows.dtype.fields)
+        prompted = (rows for rows in self._documents if rows.dtype == PROMPTED_DTYPE)
         return sum(int(rows["prompt_tokens"].sum(dtype=np.int64)) for rows in prompted)
 
     def shards_of_documents(self) -> np.ndarray:
