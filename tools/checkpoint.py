@@ -10,19 +10,16 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from bigtrain.config.errors import UserError
-
-if TYPE_CHECKING:
-    from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.config.errors import exit_status
 
 EXAMPLES = """examples:
   python tools/checkpoint.py export-hf runs/default hf/mine              # the run's newest checkpoint
   python tools/checkpoint.py export-hf runs/default/checkpoints/step-00000300 hf/mine --dtype bf16 --shard-gb 2
   python tools/checkpoint.py import-hf ~/Llama-3.2-1B imported/llama --vocab-multiple 128
 
-exit status: 0 done, 2 something is wrong, and nothing was written"""
+exit status: 0 done, 2 something is wrong, and nothing was written, 130 Ctrl-C"""
 
 
 class Command(NamedTuple):
@@ -31,24 +28,17 @@ class Command(NamedTuple):
     name: str
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int]
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     warnings.simplefilter("ignore")  # torch's, of being alone
     logging.disable(logging.WARNING)
-    try:
-        options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: options.run(options), "stopped; nothing was written")
 
 
-def export_hf(options: argparse.Namespace) -> None:
+def export_hf(options: argparse.Namespace) -> int:
     from bigtrain.checkpoint import folder as folders
     from bigtrain.checkpoint.hf_export import Text, export
 
@@ -79,17 +69,20 @@ def export_hf(options: argparse.Namespace) -> None:
         print("note: no tokenizer is in it")
     else:
         print("note: names of special tokens in a text are text; split_special_tokens=False makes them those tokens")
+    return 0
 
 
-def import_hf(options: argparse.Namespace) -> None:
+def import_hf(options: argparse.Namespace) -> int:
     import torch
 
     import bigtrain
-    from bigtrain.checkpoint.hf_import import PRESET, import_folder, load_settings
+    from bigtrain.checkpoint.hf_folder import load_settings
+    from bigtrain.checkpoint.hf_import import PRESET, import_folder
+    from bigtrain.data.tokenizer import HUGGING_FACE, Tokenizer
 
     folder = Path(options.folder)
     load_settings(folder)  # what is no such model is refused before its tokenizer is
-    tokenizer = None if options.no_tokenizer else _tokenizer_of(folder, options.tokenizer)
+    tokenizer = None if options.no_tokenizer else Tokenizer.load(options.tokenizer or folder, first=HUGGING_FACE)
     done = import_folder(
         folder,
         Path(options.checkpoint),
@@ -107,14 +100,7 @@ def import_hf(options: argparse.Namespace) -> None:
         first = ", ".join(done.left_out[:3])
         print(f"left out {len(done.left_out)} that the model makes by itself or has twice: {first}")
     print(f"the model's settings, as a preset of conf/model/: {done.folder / PRESET}")
-
-
-def _tokenizer_of(folder: Path, named: str | None) -> Tokenizer:
-    """Of a Hugging Face folder; tokenizer.json where there are several."""
-    from bigtrain.data.tokenizer import HUGGING_FACE, Tokenizer
-
-    file = folder / HUGGING_FACE
-    return Tokenizer.load(named or (file if file.is_file() else folder))
+    return 0
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:

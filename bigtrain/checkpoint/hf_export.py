@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
+import socket
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -233,9 +235,10 @@ def _aside(out: Path, num_bytes: int) -> Generator[Path]:
     """A folder beside `out` that becomes it when the block ends well, and goes when it does not."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: it is there already, and nothing is written over. Name another folder.")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial = out.with_name(f".{out.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
         free = shutil.disk_usage(out.parent).free
         if free < num_bytes:
             raise UserError(f"{out}: {num_bytes / 1e9:.3g} GB of weights, and the disk has {free / 1e9:.3g} GB free")
@@ -251,6 +254,25 @@ def _aside(out: Path, num_bytes: int) -> Generator[Path]:
             raise
     except OSError as error:
         raise UserError(f"{out}: it cannot be written: {error.strerror}") from error
+
+
+def _remove_abandoned(out: Path) -> None:
+    """What exports to `out` left that were killed on this machine. Those of others may still be written."""
+    named = re.compile(rf"\.{re.escape(out.name)}\.{re.escape(socket.gethostname())}\.(\d+)\.partial")
+    for path in out.parent.iterdir():
+        match = named.fullmatch(path.name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

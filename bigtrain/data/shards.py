@@ -288,9 +288,11 @@ def open_all(
     tokenizer: Tokenizer | None = None,
     places: Places | None = None,
     check_sizes: bool = True,
+    by_meaning: bool = False,
 ) -> list[Dataset]:
     """Open shard folders that train one model. Raises UserError where one cannot be opened, holds nothing, or was
-    made by another tokenizer than `tokenizer` (or than the first folder). `what` names the setting, as data.train."""
+    made by another tokenizer than `tokenizer` (or than the first folder). `what` names the setting, as data.train.
+    `by_meaning`: a tokenizer of another file will do whose ids mean the same, as an exported one."""
     places = places or Places()
     datasets = [Dataset.open(path, places=places, check_sizes=check_sizes) for path in paths]
     if not datasets:
@@ -301,7 +303,9 @@ def open_all(
     for dataset in datasets:
         if not len(dataset):
             raise UserError(f"{what}: {dataset.name} holds no documents")
-        if dataset.index.tokenizer != expected:
+        if dataset.index.tokenizer != expected and not (
+            by_meaning and tokenizer and tokenizer.means_the_same(dataset.tokenizer)
+        ):
             raise UserError(
                 f"{what}: {dataset.name} was made by the tokenizer {dataset.index.tokenizer}, "
                 f"but {whose} is {expected}. Set tokenizer.path={dataset.tokenizer_path}, or build the shards again."
