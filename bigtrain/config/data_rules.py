@@ -21,7 +21,8 @@ def data_problems(config: Config, world: int) -> Iterator[Problem]:
     yield from _raw_text(data)
     yield from _prompts(data)
     if not tokenizer.path:
-        yield Problem("tokenizer.path", tokenizer.path, "is empty", "Choose a preset (tokenizer=bpe) or name a file")
+        fix = "Choose a preset (tokenizer=bpe) or name a file; +experiment=finetune wants checkpoint.init_from=FOLDER"
+        yield Problem("tokenizer.path", tokenizer.path, "is empty", fix)
     elif locations.is_remote(tokenizer.path):
         yield from _place("tokenizer.path", tokenizer.path, locations.split_file(tokenizer.path)[0])
     if not data.prepare.inputs:

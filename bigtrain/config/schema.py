@@ -286,6 +286,10 @@ class CheckpointConfig:
     resume: str = "auto"
     """Where a run without checkpoints of its own starts: auto and never afresh, or a checkpoint's path. A run that has
     some goes on from its newest; never then refuses to start."""
+    init_from: str = ""
+    """Where the first weights come from: a checkpoint of any layout, a run's folder (its newest) or a Hugging Face
+    folder, of the same model and tokenizer. The run begins at step 0, with its own optimizer and data; one that has
+    checkpoints goes on from them. Empty: random weights."""
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _write_shard(job: _Job) -> Shard:
     samples = (row for _, row in shard_format.scan_tar(aside[job.tar], job.dtype))
     documents = np.fromiter(samples, PROMPTED_DTYPE, len(job.rows))
     if not documents["prompt_tokens"].any():  # as versions that know no prompts write and read it
-        documents = documents[[*DOCUMENT_DTYPE.names or ()]].astype(DOCUMENT_DTYPE)
+        documents = documents[[*(DOCUMENT_DTYPE.names or ())]].astype(DOCUMENT_DTYPE)
     with aside[documents_file].open("wb") as file:
         np.save(file, documents, allow_pickle=False)
     for path, content in aside.items():

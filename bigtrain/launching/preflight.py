@@ -13,7 +13,7 @@ from bigtrain.config import keys, locations
 from bigtrain.config.check import Problem, get
 from bigtrain.config.frozen import FILE
 from bigtrain.config.schema import Config
-from bigtrain.launching import machine
+from bigtrain.launching import init_from, machine
 from bigtrain.launching.wandb_key import has_wandb_key
 
 UNCHANGING = [
@@ -30,9 +30,11 @@ UNCHANGING = [
     "cluster.",
     "tracker.",
     "checkpoint.",
+    "tokenizer.path",
     "eval.",
 ]
-"""Keys (and groups, with a dot) that may differ when a run goes on: they change where and how often, not what."""
+"""Keys (and groups, with a dot) that may differ when a run goes on: they change where and how often, not what. Another
+tokenizer is seen in the data."""
 
 
 def preflight(config: Config, *, prepared: bool) -> list[Problem]:
@@ -40,6 +42,7 @@ def preflight(config: Config, *, prepared: bool) -> list[Problem]:
     return [
         *_run_folder(config),
         *_resume(config),
+        *init_from.problems(config),
         *_login(config),
         *(_device(config) if config.cluster.kind == "local" else ()),
         *(_prepared_data(config) if prepared else _inputs(config)),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 import bigtrain
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import store
+from bigtrain.checkpoint.slices import Fragment
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.data.order import Cursor
@@ -21,6 +23,8 @@ from bigtrain.engine.engine import Engine
 from bigtrain.trainer import peers
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
+ORIGIN = ("init_from", "imported")
+"""Keys of state.json: where the run's first weights came from, and what an import of them wrote down."""
 
 
 class Saver:
@@ -29,6 +33,8 @@ class Saver:
     def __init__(self, config: Config, run_dir: Path, tokenizer: Mapping[str, bytes]) -> None:
         """`tokenizer`: its files by name, kept in every checkpoint."""
         self._config, self._files = config, dict(tokenizer)
+        self._origin: dict[str, Any] = {}
+        """What every save says of where the weights came from."""
         self.root = run_dir / "checkpoints"
 
     def folder(self, step: int) -> Path:
@@ -46,6 +52,7 @@ class Saver:
             "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
             "cursor": peers.whole(cursor, engine.runtime).to_dict(),
             "config": {name: value for name, value in config.items() if name not in ("cluster", "tracker")},
+            **self._origin,
             "versions": {"bigtrain": bigtrain.__version__, **{name: version(name) for name in PACKAGES}},
         }
         fragments = engine_state.fragments(engine)
@@ -57,17 +64,23 @@ class Saver:
 
         Raises UserError where it is of another model or format."""
         state = store.load(folder, engine_state.fragments(engine))
+        self._origin = {key: state[key] for key in ORIGIN if key in state}
         engine_state.after_load(engine, adam_step=state["adam_step"])
         engine.steps_taken = state["step"]
         engine.loss_scale = dataclasses.replace(engine.loss_scale, **state["loss_scale"])
         return state["step"], Cursor.from_dict(state["cursor"])
 
-    def load_weights(self, engine: Engine, folder: Path) -> None:
-        """Fill only the weights of `engine` from a checkpoint: a run starts from them, at step 0. Collective.
+    def load_weights(
+        self, engine: Engine, read: Callable[[list[Fragment]], object], *, origin: Mapping[str, Any] | None = None
+    ) -> None:
+        """Fill only the weights of `engine`, by `read` (`OpenModel.read`): a run starts from them, at step 0, and its
+        checkpoints say so (`origin`: keys of ORIGIN). Collective.
 
-        Raises UserError where it is of another model or format."""
-        store.load_weights(folder, engine_state.fragments(engine))
+        Raises UserError where they are of another model."""
+        every = engine_state.fragments(engine)
+        read([dataclasses.replace(each, tensors={"weight": each.tensors["weight"]}) for each in every])
         engine_state.after_load(engine, adam_step=0)
+        self._origin = dict(origin or {})
 
 
 def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
