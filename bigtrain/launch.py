@@ -93,6 +93,7 @@ def launch(config: Config, arguments: Arguments, *, began: float) -> int:
         if finished and not arguments.freeze:
             print("\n".join(finished))
             return 0
+        init_from.copy_tokenizer(config)
         configs.save(config, config.run.dir)
         status = _prepare(config)
         return status if status or arguments.freeze else _start(config, arguments.settings, began)

@@ -41,6 +41,12 @@ class OpenModel:
     """Fill fragments (kind "weight") with their parts of the weights; no rank holds the whole. Collective. Raises
     UserError where they are damaged."""
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a run that starts from these weights keeps in its checkpoints (JSON)."""
+        began = {"init_from": {"from": str(self.folder), "from_step": self.step}}
+        return {**began, "imported": self.imported} if self.imported else began
+
     def padded(self, tensor: int) -> ModelConfig:
         """The model with a vocabulary that divides into `tensor` equal parts."""
         return replace(self.model, vocab_size=-(-self.model.vocab_size // tensor) * tensor)

@@ -7,9 +7,11 @@ tokenizer are held against the run's; the tensors are looked at where they are r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import hf_config
@@ -21,35 +23,70 @@ from bigtrain.data.tokenizer import FILES, HUGGING_FACE, Tokenizer
 
 KEY = "checkpoint.init_from"
 _HF_SETTINGS = "config.json"
+_OWN_TOKENIZER = "tokenizer"
+"""Folder in the run's."""
 _MAY_DIFFER = {"name", "attention_dropout", "hidden_dropout", "init_std"}
 """Settings of a model that change neither its weights nor what it computes from them in an evaluation."""
 
 
 def settled(config: Config) -> Config:
-    """`config` with the checkpoint that is a run's newest now in place of the run's folder; also in tokenizer.path,
-    where that is to be the checkpoint's (as in +experiment=finetune)."""
+    """`config` with the checkpoint that is a run's newest now in place of the run's folder. Where tokenizer.path is
+    the weights' (as in +experiment=finetune), it becomes RUN/tokenizer: they may be gone when the run goes on."""
     named = config.checkpoint.init_from
-    newest = (folders.newest(Path(named) / "checkpoints") or folders.newest(Path(named))) if named else None
-    if newest is None:
+    if not named:
         return config
-    tokenizer = config.tokenizer
-    if tokenizer.path == named:
-        tokenizer = replace(tokenizer, path=str(newest))
-    return replace(config, tokenizer=tokenizer, checkpoint=replace(config.checkpoint, init_from=str(newest)))
+    newest = folders.newest(Path(named) / "checkpoints") or folders.newest(Path(named)) or named
+    is_theirs = config.tokenizer.path in (named, str(newest))
+    path = str(Path(config.run.dir) / _OWN_TOKENIZER) if is_theirs else config.tokenizer.path
+    return replace(
+        config,
+        tokenizer=replace(config.tokenizer, path=path),
+        checkpoint=replace(config.checkpoint, init_from=str(newest)),
+    )
+
+
+def will_copy_tokenizer(config: Config) -> bool:
+    """Whether the run's tokenizer is still to come from the weights."""
+    own = Path(config.run.dir) / _OWN_TOKENIZER
+    return bool(config.checkpoint.init_from) and config.tokenizer.path == str(own) and not _has_begun(config)
+
+
+def copy_tokenizer(config: Config) -> None:
+    """Make RUN/tokenizer, where that is the run's."""
+    if will_copy_tokenizer(config):
+        own = Path(config.tokenizer.path)
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir(parents=True)
+        Tokenizer.load(config.checkpoint.init_from, first=HUGGING_FACE).save(own)
+
+
+def _has_begun(config: Config) -> bool:
+    return folders.newest(Path(config.run.dir) / "checkpoints") is not None
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """What is wrong with checkpoint.init_from. Nothing where the run has a checkpoint of its own, from which it goes
-    on."""
+    """What is wrong with checkpoint.init_from. A run that has a checkpoint of its own goes on from that, and must have
+    begun with these weights, or an older or newer checkpoint of the run that they are of."""
     named = config.checkpoint.init_from
-    if not named or folders.newest(Path(config.run.dir) / "checkpoints") is not None:
+    if not named:
         return
     try:
+        if (own := folders.newest(Path(config.run.dir) / "checkpoints")) is not None:
+            yield from _other_begin(config, folders.state_of(own))
+            return
         folder, model = _opened(Path(named))
         yield from _other_model(config.model, model)
         yield from _other_tokenizer(config, folder)
     except UserError as error:
         yield Problem(KEY, named, str(error).rstrip("."), "Name a checkpoint, a run's folder or a Hugging Face folder")
+
+
+def _other_begin(config: Config, state: Mapping[str, Any]) -> Iterator[Problem]:
+    began, named = str(state.get("init_from", {}).get("from", "")), Path(config.checkpoint.init_from)
+    of_one_run = Path(began).parent == named.parent and folders.step_of(named) is not None
+    if not Path(began).is_relative_to(named) and not of_one_run:
+        message = f"the run {config.run.name} has checkpoints, and began with {began or 'random weights'}"
+        yield Problem(KEY, named, message, "Choose another run.name, or leave it out to go on")
 
 
 def _opened(path: Path) -> tuple[Path, ModelConfig]:
@@ -91,6 +128,11 @@ def _other_tokenizer(config: Config, folder: Path) -> Iterator[Problem]:
     """Ids must mean the same to the data and to the weights. Of a folder without a tokenizer the ranks warn."""
     tokenizer, path = config.tokenizer, config.tokenizer.path
     if not any((folder / name).is_file() for name in FILES):
+        if will_copy_tokenizer(config):
+            yield Problem("tokenizer.path", folder, "there is no tokenizer with the weights", "Name its file or folder")
+        return
+    if will_copy_tokenizer(config):
+        Tokenizer.load(folder, first=HUGGING_FACE)
         return
     fix = f"Set tokenizer.path={folder} tokenizer.kind=file tokenizer.vocab_size=0, and shards that it made"
     if locations.is_remote(path):

@@ -30,11 +30,9 @@ UNCHANGING = [
     "cluster.",
     "tracker.",
     "checkpoint.",
-    "tokenizer.path",
     "eval.",
 ]
-"""Keys (and groups, with a dot) that may differ when a run goes on: they change where and how often, not what. Another
-tokenizer is seen in the data."""
+"""Keys (and groups, with a dot) that may differ when a run goes on: they change where and how often, not what."""
 
 
 def preflight(config: Config, *, prepared: bool) -> list[Problem]:
@@ -192,6 +190,8 @@ def _names_tars(path: str) -> bool:
 
 def _missing_tokenizer(config: Config) -> Iterator[Problem]:
     path = config.tokenizer.path
+    if init_from.will_copy_tokenizer(config):
+        return
     if not locations.is_remote(path) and not Path(path).exists():
         fix = "Train one with tools/tokenizer.py train, or name another"
         yield Problem("tokenizer.path", path, "no such file", fix)

@@ -121,12 +121,10 @@ def _start_from_weights(
             f"run's, {tokenizer.name} ({tokenizer.fingerprint[:16]}). Set tokenizer.path={opened.folder}, and shards "
             "that it made."
         )
-    where = {"from": str(opened.folder), "from_step": opened.step}
-    origin = {"init_from": where, **({"imported": opened.imported} if opened.imported else {})}
     with console.phase(f"loading the weights of {opened.folder}"):
-        saver.load_weights(engine, opened.read, origin=origin)
+        saver.load_weights(engine, opened.read, origin=opened.origin)
     console.note(f"weights from {opened.folder} (step {opened.step:,}); optimizer, schedule and data begin anew")
-    return where
+    return opened.origin["init_from"]
 
 
 def _check_world(config: Config, world: int) -> None:
