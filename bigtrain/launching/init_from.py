@@ -45,10 +45,14 @@ def settled(config: Config) -> Config:
     )
 
 
+def is_used(config: Config) -> bool:
+    """Whether the run will start from checkpoint.init_from: it has no checkpoint of its own."""
+    return bool(config.checkpoint.init_from) and folders.newest(Path(config.run.dir) / "checkpoints") is None
+
+
 def will_copy_tokenizer(config: Config) -> bool:
     """Whether the run's tokenizer is still to come from the weights."""
-    own = Path(config.run.dir) / _OWN_TOKENIZER
-    return bool(config.checkpoint.init_from) and config.tokenizer.path == str(own) and not _has_begun(config)
+    return config.tokenizer.path == str(Path(config.run.dir) / _OWN_TOKENIZER) and is_used(config)
 
 
 def copy_tokenizer(config: Config) -> None:
@@ -58,10 +62,6 @@ def copy_tokenizer(config: Config) -> None:
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir(parents=True)
         Tokenizer.load(config.checkpoint.init_from, first=HUGGING_FACE).save(own)
-
-
-def _has_begun(config: Config) -> bool:
-    return folders.newest(Path(config.run.dir) / "checkpoints") is not None
 
 
 def problems(config: Config) -> Iterator[Problem]:

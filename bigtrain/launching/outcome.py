@@ -89,7 +89,11 @@ def already_finished(config: Config, typed: Sequence[str]) -> list[str]:
     said = f"already finished: {steps:,} steps, its {config.schedule.name} schedule ends there. Another run goes on:"
     resume = f"checkpoint.resume={short(run_dir)}"
     settings = [*_another(config, str(2 * steps)), resume, _length(config, 2)]
-    return [said, again(typed, *settings, without=[*OWN, *LENGTH, "checkpoint.resume"])]
+    without = [*OWN, *LENGTH, "checkpoint.resume"]
+    if config.checkpoint.init_from:  # its weights are in the checkpoint, its tokenizer may be in the run's folder
+        settings.append(f"tokenizer.path={short(Path(config.tokenizer.path))}")
+        without += ["checkpoint.init_from", "tokenizer.path"]
+    return [said, again(typed, *settings, without=without)]
 
 
 def generate_command(config: Config, checkpoint: Path) -> Command:

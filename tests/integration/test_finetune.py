@@ -59,7 +59,7 @@ def test_from_a_run_to_a_model_that_answers(built: Path, tmp_path: Path) -> None
     assert [record["step"] for record in steps] == list(range(1, 21))
     assert steps[9]["loss"] < 0.7 * steps[0]["loss"] and steps[10]["loss"] < 0.7 * steps[0]["loss"]
     assert steps[19]["loss"] < 0.3 * steps[0]["loss"], "what is learned can be known, the prompts cannot"
-    assert evaluations[-1]["loss"] < 0.5 * evaluations[0]["loss"]
+    assert evaluations[-1]["loss"] < 0.85 * evaluations[0]["loss"]
     (init,) = (event for event in records(folder, "event") if event["name"] == "init")
     assert (init["step"], init["from"], init["from_step"]) == (0, str(source), 6)
     state = json.loads((folder / "checkpoints" / "step-00000020" / "state.json").read_text())

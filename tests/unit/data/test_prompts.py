@@ -17,7 +17,7 @@ import sentencepiece
 import torch
 
 from bigtrain.config.errors import UserError
-from bigtrain.data import encoding, ledger, shard_format
+from bigtrain.data import encoding, ledger, shard_format, tokenising
 from bigtrain.data.audit import audit
 from bigtrain.data.baseline import unigram_cross_entropies
 from bigtrain.data.build import BuildOptions, build
@@ -212,6 +212,8 @@ def test_a_changed_prompt_is_found(folder: Path, tmp_path: Path) -> None:
     assert any("sha256 differs" in each for each in problems) and any(
         "the tar and the index" in each for each in problems
     )
+    np.save(index, rows[[*(shard_format.DOCUMENT_DTYPE.names or ())]].astype(shard_format.DOCUMENT_DTYPE))
+    assert any("the tar and the index" in each for each in verify(copy, progress=False)), "without its prompts"
     rows["prompt_tokens"][2] = rows["num_tokens"][2]
     np.save(index, rows)
     with pytest.raises(UserError, match="a prompt is as long as its document"):
@@ -279,6 +281,8 @@ def test_a_tokenizer_that_adds_a_space(tokenizer: Tokenizer) -> None:
         tokens, prompt = encoding.encode_pair(spaced, "def", completion)
         assert tokens[1:-1].tolist() == wanted and prompt == 1 + len(spaced.encode("def"))
         assert spaced.decode(tokens.tolist()) == "def return"
+        built, _, of_prompt, _ = tokenising._encode(spaced, "def", completion, "<u2")
+        assert (b"".join(built), of_prompt) == (tokens.astype("<u2").tobytes(), prompt)
     tokens, prompt = encoding.encode_pair(spaced, "", "return")
     assert tokens[1:-1].tolist() == spaced.encode("return") and prompt == 1
 
@@ -296,6 +300,7 @@ def sentencepiece_with_a_space() -> Tokenizer:
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
+        remove_extra_whitespaces=False,
         minloglevel=2,
     )
     return SentencePieceTokenizer(made.getvalue())
