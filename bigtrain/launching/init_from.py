@@ -75,10 +75,11 @@ def problems(config: Config) -> Iterator[Problem]:
             yield from _other_begin(config, folders.state_of(own))
             return
         folder, model = _opened(Path(named))
-        yield from _other_model(config.model, model)
+        yield from _other_model(config.model, model, is_hugging_face=not (folder / folders.STATE).is_file())
         yield from _other_tokenizer(config, folder)
     except UserError as error:
-        yield Problem(KEY, named, str(error).rstrip("."), "Name a checkpoint, a run's folder or a Hugging Face folder")
+        message = str(error).removeprefix(f"checkpoint {named}: ").rstrip(".")
+        yield Problem(KEY, named, message, "Name a checkpoint, a run's folder or a Hugging Face folder")
 
 
 def _other_begin(config: Config, state: Mapping[str, Any]) -> Iterator[Problem]:
@@ -107,7 +108,7 @@ def _opened(path: Path) -> tuple[Path, ModelConfig]:
         raise UserError(f"its model is not one that this version knows ({type(error).__name__}: {error})") from error
 
 
-def _other_model(ours: ModelConfig, theirs: ModelConfig) -> Iterator[Problem]:
+def _other_model(ours: ModelConfig, theirs: ModelConfig, *, is_hugging_face: bool) -> Iterator[Problem]:
     """The first setting that makes it another model, and all of them in the fix."""
     free = _MAY_DIFFER | (set() if theirs.position == "learned" else {"max_positions"})
     names = [each.name for each in fields(ModelConfig) if each.name not in free]
@@ -115,12 +116,12 @@ def _other_model(ours: ModelConfig, theirs: ModelConfig) -> Iterator[Problem]:
     if other:
         first = other[0]
         wanted = " ".join(f"model.{name}={_written(getattr(theirs, name))}" for name in other)
-        padded = ". A Hugging Face vocabulary is padded by tools/checkpoint.py import-hf --vocab-multiple"
+        padded = "; tools/checkpoint.py import-hf --vocab-multiple pads a vocabulary"
         yield Problem(
             f"model.{first}",
             getattr(ours, first),
             f"the model of {KEY} has {_written(getattr(theirs, first))}",
-            f"To start from its weights, set {wanted}{padded if other == ['vocab_size'] else ''}",
+            f"To start from its weights, set {wanted}{padded if first == 'vocab_size' and is_hugging_face else ''}",
         )
 
 

@@ -115,7 +115,7 @@ def next_steps(config: Config, checkpoint: Path | None, typed: Sequence[str]) ->
         text = [*_another(config, "my-text"), "data=text", "data.prepare.inputs=[FOLDER]"]
         made = [] if config.tokenizer.kind == "file" else ["tokenizer.path"]
         lines.append(again(typed, *text, without=[*OWN, "data", *made]))
-    if config.data.num_lanes % CLUSTER_RANKS == 0:
+    if config.data.num_lanes % CLUSTER_RANKS == 0 and not config.checkpoint.init_from:
         large = [*_another(config, "1b"), "+cluster=slurm", "model=gpt_1b", "dry_run=true"]
         lines.append(again([one for one in typed if _key(one).split(".")[0] in ABOUT_DATA], *large, without=OWN))
     return lines
