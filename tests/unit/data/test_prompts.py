@@ -238,8 +238,7 @@ def test_raw_text_has_the_same_prompts(folder: Path, tokenizer: Tokenizer, tmp_p
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name in (*content, *bad):
             tar.add(tmp_path / name, name)
-    fields = {"field": "completion", "prompt_field": "prompt"}
-    tars = TextTars.open(str(tmp_path / "0.tar"), tokenizer, **fields)
+    tars = TextTars.open(str(tmp_path / "0.tar"), tokenizer, field="completion", prompt_field="prompt")
     for number, pair in enumerate(PAIRS):
         tokens, prompt = encoding.encode_pair(tokenizer, *pair)
         assert tars.tokens(number).tolist() == tokens.tolist() and tars.prompt_tokens(number) == prompt
