@@ -28,7 +28,7 @@ where
   ranks            of this machine; tensor x data ranks (as many as tensor)
   tensor           ranks that share the model (1). Also spelt parallel.tensor
   device           auto | cpu | cuda
-  dtype            auto | fp32 | bf16 | fp16: numbers of the weights; auto: the run's own, so that its numbers come out
+  dtype            auto | fp32 | bf16 | fp16: numbers of the weights; auto: the run's or the folder's own
 
 loss is in nats a predicted token; bits_per_byte counts the bytes of text. The numbers do not depend on the layout. Exit
 status: 0, 2 for a mistake, 130 for Ctrl-C.

@@ -1,24 +1,39 @@
 """The checkpoints/ folder of a run: which checkpoints are there, which count, which go.
 
-``step-00000100/`` holds the tensors, state.json (step, place in the data, config, versions) and the tokenizer, so it
-can be carried elsewhere. It counts only with the file COMMITTED in it, written last. It is built as
-``.step-00000100.partial/`` and renamed. Nothing here knows tensors or ranks.
+``step-00000100/`` holds the tensors, state.json (step, place in the data, config, versions), the tokenizer and
+manifest.json (hashes of all that), so it can be carried elsewhere. It counts only with the file COMMITTED in it,
+written last. It is built as ``.step-00000100.partial/`` and renamed; then the link ``latest`` is turned to it, and only
+then do older ones go. One that was found damaged is put aside as ``damaged-step-00000100/``. Nothing here knows tensors
+or ranks.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from bigtrain.checkpoint.manifest import (
+    COMMITTED,
+    MANIFEST,
+    DamagedCheckpoint,
+    File,
+    Manifest,
+    Tensor,
+    file_of,
+    hash_of,
+)
 from bigtrain.config.errors import UserError
 
-COMMITTED = "COMMITTED"
 STATE = "state.json"
-FORMAT = 2
+LATEST = "latest"
+FORMAT = 3
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -53,6 +68,8 @@ def resolve(path: Path) -> Path:
     """The checkpoint that a user means: a checkpoint's folder, a run's folder or its checkpoints/ (then the newest).
 
     Raises UserError where there is none, or where it was never committed."""
+    if path.name == LATEST and path.is_symlink():
+        path = path.parent / path.readlink().name
     if step_of(path) is not None:
         if not path.is_dir():
             raise UserError(f"checkpoint {path}: there is no such folder")
@@ -65,25 +82,93 @@ def resolve(path: Path) -> Path:
     return found
 
 
-def commit(root: Path, step: int, state: dict[str, Any], files: dict[str, bytes] | None = None) -> Path:
-    """Make the finished partial folder of `step` count: state, rename, COMMITTED, each made durable before the next.
+def prepare(root: Path, step: int, size_bytes: int) -> Path:
+    """An empty partial folder for `step`; what killed saves and deletions left is deleted.
 
-    `files`: by name, what else goes into the folder."""
+    Raises OSError where the disk has no room for `size_bytes`: nothing is written then."""
+    for left in [*root.glob(".step-*"), *root.glob("step-*")]:
+        if not (left / COMMITTED).exists():
+            shutil.rmtree(left)
+    partial = partial_of(root, step)
+    partial.mkdir(parents=True)
+    free = shutil.disk_usage(root).free
+    if free < size_bytes:
+        partial.rmdir()
+        raise OSError(
+            errno.ENOSPC,
+            f"the checkpoint of step {step} takes {size_bytes / 1e9:.3g} GB, {root} has {free / 1e9:.3g} GB free",
+        )
+    return partial
+
+
+def drop_partial(root: Path, step: int) -> None:
+    """Delete what a save that failed has written. Any rank may."""
+    shutil.rmtree(partial_of(root, step), ignore_errors=True)
+    if not (path_of(root, step) / COMMITTED).exists():
+        shutil.rmtree(path_of(root, step), ignore_errors=True)
+
+
+def commit(
+    root: Path,
+    step: int,
+    state: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    written: Mapping[str, File] | None = None,
+) -> Path:
+    """Make the finished partial folder of `step` count, each act durable before the next: state and manifest, the
+    rename, COMMITTED, `latest`.
+
+    `files`: by name, what else goes into the folder. `tensors` and `written`: what was written there, durable already;
+    files that `written` does not name are hashed here."""
     partial, final = partial_of(root, step), path_of(root, step)
-    (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
+    _write(partial / STATE, (json.dumps(state, indent=1) + "\n").encode())
     for name, content in (files or {}).items():
-        (partial / name).write_bytes(content)
+        _write(partial / name, content)
+    known = dict(written or {})
     for file in partial.iterdir():
-        _sync(file)
+        if file.name not in known:
+            _sync(file)
+            known[file.name] = file_of(file)
+    manifest = Manifest(dict(tensors or {}), known).to_json()
+    _write(partial / MANIFEST, manifest)
     _sync(partial)
-    if final.exists():  # left by a run that was killed between the rename and COMMITTED
-        shutil.rmtree(final)
+    if final.exists():  # of a run that went back behind this step
+        _delete(final)
     partial.rename(final)
     _sync(root)
-    (final / COMMITTED).touch()
-    _sync(final / COMMITTED)
+    _write(final / COMMITTED, f"{hash_of(manifest)}\n".encode())
     _sync(final)
+    _turn_latest(root, final)
     return final
+
+
+def _delete(folder: Path) -> None:
+    """From the first act on it does not count."""
+    (folder / COMMITTED).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _turn_latest(root: Path, target: Path) -> None:
+    link = root / f".{LATEST}.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.name)
+    link.rename(root / LATEST)
+    _sync(root)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that it neither counts nor is deleted; returns where it is now."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    left = newest(folder.parent)
+    if left is None:
+        (folder.parent / LATEST).unlink(missing_ok=True)
+    else:
+        _turn_latest(folder.parent, left)
+    return aside
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -91,20 +176,55 @@ def state_of(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {folder}: {STATE} cannot be read ({error})") from error
+        raise DamagedCheckpoint(f"checkpoint {folder}: {STATE} cannot be read ({error})") from error
     found = cast("dict[str, Any]", state if isinstance(state, dict) else {})
     if found.get("format") != FORMAT:
         raise UserError(f"checkpoint {folder}: {STATE} is of another format; this version reads format {FORMAT}")
     return found
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the `keep` newest committed checkpoints, and folders that were never finished."""
-    for old in committed(root)[: -max(keep, 1)]:
-        (old / COMMITTED).unlink()  # from here on it does not count
-        shutil.rmtree(old)
-    for partial in root.glob(".step-*.partial"):
-        shutil.rmtree(partial)
+@dataclass(frozen=True)
+class Keep:
+    """Which committed checkpoints are kept; 0 for none of a kind."""
+
+    newest: int = 2
+    every: int = 0
+    """Those whose step is a multiple of this."""
+    best: int = 0
+    """Those with the lowest held-out loss, of those that were evaluated at their step."""
+
+
+def superseded(checkpoints: Iterable[tuple[int, float | None]], keep: Keep) -> set[int]:
+    """Steps of the checkpoints that go. `checkpoints`: step and held-out loss; the newest always stays."""
+    there = sorted(checkpoints, key=lambda each: each[0])
+    by_loss = sorted((loss, -step) for step, loss in there if loss is not None)
+    kept = {step for step, _ in there[-max(keep.newest, 1) :]}
+    kept |= {step for step, _ in there if keep.every and step % keep.every == 0}
+    kept |= {-step for _, step in by_loss[: keep.best]}
+    return {step for step, _ in there} - kept
+
+
+def prune(root: Path, keep: Keep) -> None:
+    """Delete the committed checkpoints that are superseded."""
+    for step in superseded([(step_of(path) or 0, loss_of(path)) for path in committed(root)], keep):
+        _delete(path_of(root, step))
+
+
+def loss_of(folder: Path) -> float | None:
+    """The held-out loss that a checkpoint notes; None where it was not evaluated at its step, or cannot be read."""
+    try:
+        loss = state_of(folder).get("loss")
+    except UserError:
+        return None
+    return float(loss) if isinstance(loss, int | float) else None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file, durable on return."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync(path: Path) -> None:

@@ -11,20 +11,18 @@ of any layout starts from the result (`store.load_weights`); `hf_export.export` 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from bigtrain.checkpoint import folder as folders
+from bigtrain.checkpoint import store
 from bigtrain.checkpoint.hf_folder import check_tensors, check_tokenizer, dtype_of, load_settings
 from bigtrain.checkpoint.hf_names import Part, our_shapes, parts
 from bigtrain.checkpoint.safetensors_files import Entry, read
@@ -168,36 +166,10 @@ def _save(
         return LazyTensor.of(shape, lambda: make(name, shape))
 
     tensors = {f"weight.{name}": lazy(name, shape) for name, shape in our_shapes(model).items()}
-    partial = folders.partial_of(out, 0)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        needed, free = sum(4 * tensor.numel() for tensor in tensors.values()), shutil.disk_usage(out).free
-        if free < needed:
-            raise UserError(f"{out}: {needed / 1e9:.3g} GB of weights, and the disk has {free / 1e9:.3g} GB free")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            # a file a tensor: torch (filesystem.py, _write_files_from_queue) keeps all tensors of a file to its end
-            writer = dcp.FileSystemWriter(partial, single_file_per_rank=False, thread_count=1, sync_files=True)
-            dcp.save(cast("dict[str, Any]", tensors), storage_writer=writer, no_dist=True)
-            folders.commit(out, 0, state, files)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except CheckpointException as error:
-        _, (cause, _) = next(iter(error.failures.items()))
-        if isinstance(cause, UserError):
-            raise cause from error
-        raise UserError(f"{out}: it cannot be written: {_first_words(cause)}") from error
+        store.save_tensors(out, 0, tensors, state, files=files)
     except OSError as error:
         raise UserError(f"{out}: it cannot be written: {error.strerror}") from error
-
-
-def _first_words(error: BaseException) -> str:
-    """The disk's own words where there are any: torch's zip writer says "unexpected pos" after a failed write."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.strerror:
-            return link.strerror
-        link = link.__cause__ or link.__context__
-    return str(error)
+    except store.SaveError as error:
+        raise UserError(f"{out}: {error}") from error

@@ -1,7 +1,7 @@
 """Read torch.distributed.checkpoint files without trusting them.
 
 The format keeps its index (``.metadata``) as a pickle. `SafeReader` unpickles it with a list of the few classes that
-such an index is made of, so a hostile file can name nothing else. Tensors are read with ``weights_only=True`` by torch.
+such an index is made of, so a hostile file can name nothing else. Of the tensors nothing is unpickled (`stored`).
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportPrivateImportUsage=false
@@ -11,12 +11,21 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Collection
+from concurrent.futures import Future as Pending
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from bigtrain.checkpoint import content_hash
+from bigtrain.checkpoint.folder import DamagedCheckpoint
+from bigtrain.checkpoint.stored import Stored, StoredTensor, tensors_of
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -45,13 +54,62 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader for a folder, with the index unpickled safely."""
+    """DCP's reader for a folder: the index unpickled safely, elements read by `Stored`, and hashed as they are read."""
+
+    def __init__(self, folder: Path, *, hashed: Collection[tuple[str, tuple[int, ...]]] = ()) -> None:
+        """`hashed`: of which tensors' chunks of this rank, by name and offsets, `sums` tells what they add to the hash
+        of the whole."""
+        super().__init__(folder)
+        self._hashed = frozenset(hashed)
+        self._tensors: dict[str, StoredTensor] = {}
+        self.sums: dict[str, int] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = read_index(Path(str(self.path)))
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._tensors = tensors_of(metadata)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        with Stored(Path(str(self.path))) as stored, ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
+            hashing: list[Pending[None] | None] = []
+            for item in sorted(plan.items, key=lambda each: self._place(each.storage_index)):
+                if item.type is LoadItemType.BYTE_IO:
+                    raise ValueError(f"{item.storage_index.fqn} is no tensor")
+                target = planner.resolve_tensor(item).detach()
+                hashing.append(self._read(stored, item, target, hasher))
+                planner.commit_tensor(item, target)
+            for each in hashing:
+                if each is not None:
+                    each.result()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read(
+        self, stored: Stored, item: ReadItem, target: torch.Tensor, hasher: ThreadPoolExecutor
+    ) -> Pending[None] | None:
+        """Read one piece and hash it: where `target` holds what was read as it was read, while the next is read."""
+        tensor, offsets = self._tensors[item.storage_index.fqn], tuple(item.storage_offsets)
+        chunk = tensor.chunks[item.storage_index.index or 0]
+
+        def add(block: torch.Tensor, begin: tuple[int, ...]) -> None:
+            place = tuple(a + b for a, b in zip(chunk.offsets, begin, strict=True))
+            added = content_hash.of_rectangle(block.contiguous(), place)
+            self.sums[tensor.name] = self.sums.get(tensor.name, 0) + added
+
+        is_hashed = (tensor.name, tuple(item.dest_index.offset or ())) in self._hashed
+        is_same = target.device.type == "cpu" and target.dtype == tensor.dtype
+        stored.read_chunk(chunk, tensor.dtype, offsets, target, add if is_hashed and not is_same else None)
+        return hasher.submit(add, target, offsets) if is_hashed and is_same else None
+
+    def _place(self, index: MetadataIndex) -> tuple[str, int]:
+        chunk = self._tensors[index.fqn].chunks[index.index or 0]
+        return chunk.file, chunk.start
 
 
 def read_index(folder: Path) -> Metadata:
@@ -62,7 +120,9 @@ def read_index(folder: Path) -> Metadata:
     return found
 
 
-def tensors_in(folder: Path) -> dict[str, torch.Size]:
-    """Names (``kind.weight name``) and global shapes of the tensors of a checkpoint."""
-    index = cast("dict[str, Any]", read_index(folder).state_dict_metadata)
-    return {name: meta.size for name, meta in index.items() if isinstance(meta, TensorStorageMetadata)}
+def tensors_in(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint by name (``kind.weight name``). Raises UserError where its index cannot be read."""
+    try:
+        return tensors_of(read_index(folder))
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, ValueError, TypeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder}: its index .metadata cannot be read ({error})") from error

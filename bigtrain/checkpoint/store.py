@@ -1,7 +1,8 @@
 """Save and load a run: global tensors through torch.distributed.checkpoint, the rest as JSON beside them.
 
 Every rank writes the pieces that it owns and reads the pieces that it needs; nothing is gathered. Names and shapes are
-those of the whole model, so a checkpoint does not say which layout wrote it.
+those of the whole model, so a checkpoint does not say which layout wrote it. What is written is hashed on the way, and
+so is what is read (`content_hash`): a load that returns has read what was saved.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportPrivateImportUsage=false
@@ -9,8 +10,7 @@ those of the whole model, so a checkpoint does not say which layout wrote it.
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,98 +20,178 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from bigtrain.checkpoint import content_hash, manifest
 from bigtrain.checkpoint import folder as folders
+from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.reader import SafeReader, tensors_in
-from bigtrain.checkpoint.slices import Fragment, state_dict_of
+from bigtrain.checkpoint.slices import Fragment, GlobalTensor, state_dict_of
+from bigtrain.checkpoint.stored import Stored
+from bigtrain.checkpoint.writer import Saved, Writer
 from bigtrain.config.errors import UserError
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; those before it are as they were. The message says which rank and why."""
 
 
 def save(
     root: Path,
     step: int,
     fragments: Iterable[Fragment],
-    state: dict[str, Any],
+    state: Mapping[str, Any],
     *,
-    keep: int,
-    files: dict[str, bytes] | None = None,
-) -> None:
-    """Write ``root/step-NNNNNNNN`` and commit it; then delete all but the `keep` newest. Collective.
+    keep: folders.Keep | None = None,
+    files: Mapping[str, bytes] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Saved | None:
+    """Write ``root/step-NNNNNNNN``, durable on return, and commit it; then delete what `keep` does not name (None:
+    nothing). Collective over `group` (None: all ranks). Returns what was written on rank 0, None elsewhere.
 
-    `state`: JSON-able; `files`: by name, kept beside it. Both the same on every rank."""
-    main = dist.get_rank() == 0
-    partial = folders.partial_of(root, step)
-    if main:
+    `state`: JSON-able; `files`: by name, kept beside it. Raises SaveError on every rank, after removing what was
+    written."""
+    return save_tensors(
+        root, step, state_dict_of(fragments, only_owned=True), state, keep=keep, files=files, group=group
+    )
+
+
+def save_tensors(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep: folders.Keep | None = None,
+    files: Mapping[str, bytes] | None = None,
+    group: dist.ProcessGroup | None = None,
+    on_item: Callable[[str], None] | None = None,
+) -> Saved | None:
+    """As `save`, of tensors by ``kind.name``: plain ones, or those that tell their chunks as `GlobalTensor` does. On
+    this process alone where torch.distributed is not in use. `on_item` is told each name."""
+    writer = Writer(root, step, state, files or {}, on_item=on_item)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, RuntimeError) as error:
+        folders.drop_partial(root, step)
+        failed = SaveError(f"the checkpoint of step {step} was not saved: {_cause(error)}")
+        raise _user_error(error) or failed from error
+    if writer.saved is not None and keep is not None:
         folders.prune(root, keep)
-        partial.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    writer = dcp.FileSystemWriter(partial, sync_files=True, single_file_per_rank=True)
-    dcp.save(state_dict_of(fragments, only_owned=True), storage_writer=writer)
-    if main:
-        folders.commit(root, step, state, files)
-        folders.prune(root, keep)
-    dist.barrier()
+    return writer.saved
 
 
 def load(folder: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
     """Fill `fragments` in place from a committed checkpoint of any layout; returns its `state`. Collective.
 
-    Raises UserError for a checkpoint of another model, naming the first tensor that does not fit."""
-    wanted = state_dict_of(fragments, only_owned=False)
-    state = folders.state_of(folder)
-    if state.get("weights_only"):
-        raise UserError(
-            f"checkpoint {folder}: it has weights only, no optimizer state and no place in the data, so no run goes on "
-            "from it. Start a run from its weights: checkpoint.init_from."
-        )
-    check_shapes(folder, {name: tensor.shape for name, tensor in wanted.items()})
-    _read(folder, wanted)
-    return state
+    Raises UserError for a checkpoint of another model, naming the first tensor that does not fit, and its subclass
+    DamagedCheckpoint for one that is not what was saved."""
+    return _load(folder, fragments, whole_run=True)
 
 
 def load_weights(folder: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
     """As `load`, but only the weights: a run starts from them, with moments of its own. Collective.
 
     Any checkpoint of this model's shapes will do, also one that has nothing else."""
-    weights = [replace(each, tensors={"weight": each.tensors["weight"]}) for each in fragments]
-    wanted = state_dict_of(weights, only_owned=False)
-    state = folders.state_of(folder)
-    check_shapes(folder, {name: tensor.shape for name, tensor in wanted.items()})
-    _read(folder, wanted)
-    return state
+    return _load(folder, [replace(each, tensors={"weight": each.tensors["weight"]}) for each in fragments])
 
 
 def load_full(folder: Path, kind: str = "weight") -> dict[str, torch.Tensor]:
     """Every global tensor of one kind, whole, on this process alone. No process group is needed."""
-    names = tensors_in(folder)
-    tensors = {name: torch.empty(size) for name, size in names.items() if name.startswith(f"{kind}.")}
-    _read(folder, cast("dict[str, Any]", tensors), no_dist=True)
-    return {name.removeprefix(f"{kind}."): tensor for name, tensor in tensors.items()}
+    whole: dict[str, torch.Tensor] = {}
+    with Stored(folder) as stored:
+        for name, tensor in tensors_in(folder).items():
+            if name.startswith(f"{kind}."):
+                whole[name.removeprefix(f"{kind}.")] = out = torch.empty(tensor.shape, dtype=tensor.dtype)
+                stored.read(tensor, (0,) * out.dim(), out)
+    return whole
 
 
-def check_shapes(folder: Path, wanted: dict[str, torch.Size]) -> None:
+def check_shapes(folder: Path, wanted: Mapping[str, torch.Size]) -> None:
     """Raise UserError unless the checkpoint holds every tensor that is wanted, in its shape."""
-    try:
-        there = tensors_in(folder)
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError) as error:
-        raise UserError(f"checkpoint {folder}: its index .metadata cannot be read ({error})") from error
+    there = tensors_in(folder)
     for name, shape in wanted.items():
         if name not in there:
             raise UserError(f"checkpoint {folder}: it has no tensor {name}; it is of another model")
-        if there[name] != shape:
+        if there[name].shape != tuple(shape):
             raise UserError(
-                f"checkpoint {folder}: {name} has shape {tuple(there[name])}, this model wants {tuple(shape)}"
+                f"checkpoint {folder}: {name} has shape {there[name].shape}, this model wants {tuple(shape)}"
             )
 
 
-def _read(folder: Path, tensors: dict[str, Any], *, no_dist: bool = False) -> None:
+def _load(folder: Path, fragments: Iterable[Fragment], *, whole_run: bool = False) -> dict[str, Any]:
+    held = list(fragments)
+    wanted = state_dict_of(held, only_owned=False)
+    owned = cast("dict[str, GlobalTensor]", state_dict_of(held, only_owned=True))
+    state, expected = _agreed(lambda: _look(folder, {name: each.shape for name, each in wanted.items()}, whole_run))
+    reader = SafeReader(folder, hashed=[(name, offsets) for name, tensor in owned.items() for offsets in tensor.chunks])
     try:
-        dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=no_dist)
-    except CheckpointException as error:
-        raise UserError(f"checkpoint {folder}: it cannot be read: {_first_cause(error)}") from error
-    except (OSError, RuntimeError, ValueError) as error:  # torch says it so where there is one process
-        raise UserError(f"checkpoint {folder}: it cannot be read: {error}") from error
+        dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:  # the latter of one process
+        raise DamagedCheckpoint(f"checkpoint {folder}: it cannot be read: {_cause(error)}") from error
+    for name, value in content_hash.total(_from_all(reader.sums)).items():
+        if expected[name].hash != value:
+            raise DamagedCheckpoint(
+                f"checkpoint {folder}: {name} is not what was saved: its hash is {value}, {manifest.MANIFEST} says "
+                f"{expected[name].hash}"
+            )
+    return state
 
 
-def _first_cause(error: CheckpointException) -> str:
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {type(cause).__name__}: {cause}"
+def _look(
+    folder: Path, wanted: Mapping[str, torch.Size], whole_run: bool
+) -> tuple[dict[str, Any], dict[str, manifest.Tensor]]:
+    """What is known of a checkpoint before its tensors are read. Raises UserError for one that is not wanted."""
+    state, expected = folders.state_of(folder), manifest.read(folder).tensors
+    if whole_run and state.get("weights_only"):
+        raise UserError(
+            f"checkpoint {folder}: it has weights only, no optimizer state and no place in the data, so no run goes on "
+            "from it. Start a run from its weights: checkpoint.init_from."
+        )
+    check_shapes(folder, wanted)
+    for name in wanted:
+        if name not in expected:
+            raise DamagedCheckpoint(f"checkpoint {folder}: {manifest.MANIFEST} does not know {name}")
+    return state, expected
+
+
+def _agreed(look: Callable[[], Any]) -> Any:
+    """What `look` returns here, once it has succeeded on all ranks. Raises the first rank's UserError on all alike: who
+    went on alone would wait for the others for ever. Collective."""
+    result, error = None, None
+    try:
+        result = look()
+    except UserError as raised:
+        error = raised
+    for each in _from_all(None if error is None else (isinstance(error, DamagedCheckpoint), str(error))):
+        if each is not None:
+            is_damaged, message = each
+            raise (DamagedCheckpoint if is_damaged else UserError)(message) from error
+    return result
+
+
+def _from_all(mine: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [mine]
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    return said
+
+
+def _user_error(error: BaseException) -> UserError | None:
+    """What stopped a save, where it was what is saved: a tensor that is made when it is written may be damaged."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+    return next((cause for cause in causes if isinstance(cause, UserError)), None)
+
+
+def _cause(error: BaseException) -> str:
+    """The first rank's own words, and the disk's where there are any: torch's zip writer says "unexpected pos" after a
+    failed write."""
+    rank = ""
+    if isinstance(error, CheckpointException):
+        number, (error, _) = next(iter(error.failures.items()))
+        rank = f"rank {number}: " if dist.is_initialized() and dist.get_world_size() > 1 else ""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return f"{rank}{link.strerror}"
+        link = link.__cause__ or link.__context__
+    return f"{rank}{error}" if isinstance(error, OSError) else f"{rank}{type(error).__name__}: {error}"

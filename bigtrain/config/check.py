@@ -32,8 +32,8 @@ def check(config: Config, world: int) -> list[Problem]:
 
 
 def get(config: Config, path: str) -> Any:
-    """The value at a dotted path of attributes."""
-    return operator.attrgetter(path)(config)
+    """The value of a key."""
+    return operator.attrgetter(keys.attribute(path))(config)
 
 
 def _choices(config: Config) -> Iterator[Problem]:
@@ -92,6 +92,8 @@ _NOT_NEGATIVE = [
     "tokenizer.vocab_size",
     "data.remote.retries",
     "checkpoint.interval",
+    "checkpoint.keep_every",
+    "checkpoint.keep_best",
     "eval.interval",
     "model.attention_dropout",
     "model.hidden_dropout",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from bigtrain.config import keys
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 
@@ -28,7 +31,16 @@ def to_yaml(config: Config) -> str:
     """The content of config.yaml: every value, interpolations resolved."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(as_dict(config))))
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Every value by group and key, as users write them."""
+    groups: dict[str, Any] = dataclasses.asdict(config)
+    for group, values in groups.items():
+        if isinstance(values, dict):
+            groups[group] = {keys.public(name): item for name, item in cast("dict[str, Any]", values).items()}
+    return groups
 
 
 def load(run_dir: str | Path) -> Config:
@@ -58,15 +70,28 @@ def writable_schema() -> Any:
         at = pending.pop()
         if isinstance(at, DictConfig):
             OmegaConf.set_readonly(at, None)
+            _rename(at, keys.public)
             pending += [at._get_node(name) for name in at]  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
     return node
 
 
 def to_config(node: Any) -> Config:
     """The dataclasses of a composed node, interpolations resolved."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
+    node = copy.deepcopy(node)
+    for group in node:
+        if isinstance(node._get_node(group), DictConfig):
+            _rename(node._get_node(group), keys.attribute)
     return cast(Config, OmegaConf.to_object(node))
+
+
+def _rename(node: Any, new_name: Callable[[str], str]) -> None:
+    """Give the entries of an OmegaConf node other names. (It has no words for that.)"""
+    for name in [name for name in node._content if new_name(name) != name]:
+        child = node._content.pop(name)
+        child._metadata.key = new_name(name)
+        node._content[new_name(name)] = child
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import keyword
 import types
 import typing
 from collections.abc import Iterable
@@ -51,6 +52,16 @@ class Key:
         if origin is list and dataclasses.is_dataclass(arguments[0]):
             return f"'{self.path}=[{{{dataclasses.fields(arguments[0])[0].name}: ...}}]'"
         return {list: f"'{self.path}=[...]'", dict: f"'{self.path}={{name: ...}}'"}.get(origin, "")
+
+
+def public(name: str) -> str:
+    """What users call a field: ``async_`` in the schema is ``async``, which Python keeps for itself."""
+    return name.removesuffix("_")
+
+
+def attribute(path: str) -> str:
+    """The dotted path of attributes of a key."""
+    return ".".join(f"{name}_" if keyword.iskeyword(name) else name for name in path.split("."))
 
 
 @functools.cache
@@ -95,7 +106,7 @@ def _keys_of(cls: type, prefix: str) -> Iterable[Key]:
     docs = _field_docs(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        path = prefix + field.name
+        path = prefix + public(field.name)
         if dataclasses.is_dataclass(hint):
             yield from _keys_of(typing.cast(type, hint), path + ".")
             continue

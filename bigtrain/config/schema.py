@@ -1,6 +1,7 @@
 """Every setting of a run, as frozen dataclasses, one per Hydra group.
 
 The string under a field is its documentation: the unit first where there is one. ``--help`` and docs read it.
+A name that Python keeps for itself has a `_` behind it, here alone: users write checkpoint.async.
 Nothing here touches a disk, a process or torch: a login node reads this module.
 `bigtrain.config.check` says what is wrong with a config; this module only gives names, types and defaults.
 """
@@ -282,7 +283,14 @@ class CheckpointConfig:
     interval: int = 100
     """Steps between checkpoints; the last step is always saved. 0: only the last."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; older ones are deleted once a newer one is durable."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good. 0: none."""
+    keep_best: int = 0
+    """Checkpoints with the lowest held-out loss that are kept, of those that were evaluated at their step. 0: none."""
+    async_: bool = True
+    """Training waits only for a copy of its state in host memory, which this takes; writing goes on behind it. false:
+    training waits until the checkpoint is durable."""
     resume: str = "auto"
     """Where a run without checkpoints of its own starts: auto and never afresh, or a checkpoint's path. A run that has
     some goes on from its newest; never then refuses to start."""

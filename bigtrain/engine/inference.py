@@ -64,14 +64,16 @@ def load(opened: OpenModel, *, tensor: int = 1, device: str = "auto", dtype: str
 
 
 def _fragments(decoder: Decoder, topology: Topology, model: ModelConfig) -> Iterator[Fragment]:
-    """This rank's weights; of a vocabulary that was padded the rows that `model` has. The others become 0."""
+    """This rank's weights; of a vocabulary that was padded the rows that `model` has. The others become 0. Each
+    element is owned by one rank, so that the whole of a weight is checked once."""
     for shard, parameter in shards_of(decoder, topology):
         flat = parameter.data.view(-1)
         if shard.name in VOCABULARY and shard.global_shape[0] > model.vocab_size:
             shard = shard.first_rows(model.vocab_size)
             flat[shard.numel :] = 0.0
             flat = flat[: shard.numel]
-        yield Fragment(shard, 0, {"weight": flat}, owned=False)
+        owned = topology.data_rank == 0 and (shard.dim is not None or topology.tensor_rank == 0)
+        yield Fragment(shard, 0, {"weight": flat}, owned)
 
 
 @dataclass(frozen=True)

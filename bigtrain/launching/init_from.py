@@ -6,6 +6,7 @@ tokenizer are held against the run's; the tensors are looked at where they are r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -35,13 +36,16 @@ def settled(config: Config) -> Config:
     named = config.checkpoint.init_from
     if not named:
         return config
-    newest = folders.newest(Path(named) / "checkpoints") or folders.newest(Path(named)) or named
-    is_theirs = config.tokenizer.path in (named, str(newest))
+    newest = named
+    if not _is_hugging_face(Path(named)):
+        with contextlib.suppress(UserError):  # `problems` tells it
+            newest = str(folders.resolve(Path(named)))
+    is_theirs = config.tokenizer.path in (named, newest)
     path = str(Path(config.run.dir) / _OWN_TOKENIZER) if is_theirs else config.tokenizer.path
     return replace(
         config,
         tokenizer=replace(config.tokenizer, path=path),
-        checkpoint=replace(config.checkpoint, init_from=str(newest)),
+        checkpoint=replace(config.checkpoint, init_from=newest),
     )
 
 
@@ -75,7 +79,7 @@ def problems(config: Config) -> Iterator[Problem]:
             yield from _other_begin(config, folders.state_of(own))
             return
         folder, model = _opened(Path(named))
-        yield from _other_model(config.model, model, is_hugging_face=not (folder / folders.STATE).is_file())
+        yield from _other_model(config.model, model, is_hugging_face=_is_hugging_face(folder))
         yield from _other_tokenizer(config, folder)
     except UserError as error:
         message = str(error).removeprefix(f"checkpoint {named}: ").rstrip(".")
@@ -93,7 +97,7 @@ def _other_begin(config: Config, state: Mapping[str, Any]) -> Iterator[Problem]:
 def _opened(path: Path) -> tuple[Path, ModelConfig]:
     """Raises UserError for what is neither."""
     settings = path / _HF_SETTINGS
-    if settings.is_file() and not (path / folders.STATE).is_file():
+    if _is_hugging_face(path):
         try:
             return path, hf_config.from_theirs(json.loads(settings.read_bytes()), str(settings))
         except (OSError, ValueError, RecursionError) as error:
@@ -106,6 +110,10 @@ def _opened(path: Path) -> tuple[Path, ModelConfig]:
         return folder, ModelConfig(**state["config"]["model"])
     except (KeyError, TypeError) as error:
         raise UserError(f"its model is not one that this version knows ({type(error).__name__}: {error})") from error
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return (path / _HF_SETTINGS).is_file() and not (path / folders.STATE).is_file()
 
 
 def _other_model(ours: ModelConfig, theirs: ModelConfig, *, is_hugging_face: bool) -> Iterator[Problem]:

@@ -6,15 +6,30 @@ Every rank holds a `Recorder` and calls it alike; only the writer's, rank 0's, d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from bigtrain.config.schema import Config
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.metrics import METRICS_FILE, MetricsFile
 from bigtrain.telemetry.tracking import WandbTracker
+
+
+class Save(Protocol):
+    """How a save ended (`bigtrain.trainer.saver.Outcome`)."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def stall_s(self) -> float: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def error(self) -> str: ...
 
 
 class Recorder:
@@ -106,6 +121,21 @@ class Recorder:
         """Something that a reader of the run should know: a save, a signal, a skipped batch. Give the `step` where
         there is one. Goes to metrics.jsonl only."""
         self._write({"kind": "event", "name": name, **fields})
+
+    def saved(self, saves: Iterable[Save]) -> None:
+        """Saves that have ended, durable or failed."""
+        for save in saves:
+            if save.error:
+                self.event("checkpoint_failed", step=save.step, reason=save.error)
+                self._console.note(f"{save.error}. Training goes on; the checkpoints before it are as they were")
+                continue
+            self.event(
+                "checkpoint",
+                step=save.step,
+                seconds=round(save.seconds, 3),
+                stall_s=round(save.stall_s, 3),
+                num_bytes=save.num_bytes,
+            )
 
     def bad_documents(self, step: int, reasons: Sequence[str]) -> None:
         """Why data rank 0 passed over documents before this step, one reason each; nothing is recorded of none."""

@@ -9,7 +9,6 @@ W&B is a guest here: whatever goes wrong with it is said once, and training goes
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import uuid
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from bigtrain.config import locations
+from bigtrain.config import frozen, locations
 from bigtrain.config.schema import Config
 
 _ID_FILE = "wandb_id"
@@ -78,7 +77,7 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
 def without_secrets(config: Config) -> dict[str, Any]:
     """The config as it may leave the machine. Shell lines and sbatch options, where people put tokens, are left out,
     as are user names, passwords and queries (signatures) in URLs."""
-    values = dataclasses.asdict(config)
+    values = frozen.as_dict(config)
     for name in ("setup", "sbatch"):
         if values["cluster"][name]:
             values["cluster"][name] = _HIDDEN

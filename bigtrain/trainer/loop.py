@@ -60,7 +60,8 @@ def fit(
     throughput: Throughput,
     stop: StopSignal,
 ) -> Position:
-    """Train from `start` to the last step, or to where `stop` is agreed on. Returns where it stopped, saved there.
+    """Train from `start` to the last step, or to where `stop` is agreed on. Returns where it stopped, once the save of
+    that step has ended.
 
     `evaluators`: of each evaluation set, by its name. `epochs`: how often each source was gone through in so many
     sequences (`Order.epochs`)."""
@@ -90,24 +91,25 @@ def fit(
         if not math.isfinite(grad_norm):
             recorder.event("skipped", step=position.step, reason="the gradient norm is not finite")
         told, ending = stop.agreed(), position.step >= last
+        losses: list[float] = []
         if told:  # nothing comes before the save: who stops us may not wait
-            save(position, engine, saver, recorder, ledger)
+            ledger.sync()
+            saver.save(engine, position.step, position.cursor)
+            recorder.saved(saver.wait())
         if ending or due(position.step, config.eval.interval):
             for name, evaluator in evaluators.items():
-                recorder.evaluation(position.step, set=name, **evaluator.evaluate(engine).as_record())
+                record = evaluator.evaluate(engine).as_record()
+                recorder.evaluation(position.step, set=name, **record)
+                losses.append(record["loss"])
             recorder.epochs(position.step, epochs(position.cursor.num_sequences))
         if not told and (ending or due(position.step, config.checkpoint.interval)):
-            save(position, engine, saver, recorder, ledger)
+            ledger.sync()
+            saver.save(engine, position.step, position.cursor, loss=losses[0] if losses else None)
+        recorder.saved(saver.finished())
         if told or ending:
             break
+    recorder.saved(saver.wait())
     return position
-
-
-def save(position: Position, engine: Engine, saver: Saver, recorder: Recorder, ledger: LedgerFile) -> None:
-    """Save the run where it is, and record how long that took. Collective."""
-    ledger.sync()
-    seconds = saver.save(engine, position.step, position.cursor)
-    recorder.event("checkpoint", step=position.step, seconds=round(seconds, 3))
 
 
 def last_step(config: Config) -> int:

@@ -27,7 +27,7 @@ from bigtrain.trainer import peers
 from bigtrain.trainer.ledger_file import LedgerFile
 from bigtrain.trainer.loop import Position, Throughput, fit, last_step
 from bigtrain.trainer.run_data import RunData
-from bigtrain.trainer.saver import Saver, checkpoint_to_resume
+from bigtrain.trainer.saver import Saver, checkpoints_to_resume
 from bigtrain.trainer.stopping import StopSignal
 from bigtrain.trainer.summary import tells_of, write_summary
 
@@ -40,7 +40,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
     with console.phase("joining the ranks"):
         runtime = start(config)
     _check_world(config, runtime.topology.world)
-    resume = checkpoint_to_resume(config, run_dir)
+    resume = checkpoints_to_resume(config, run_dir)
     stop_signal = StopSignal(runtime, say=console.note_at_once)
     stop_signal.install()
     with console.phase("opening the data"):
@@ -49,8 +49,8 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         engine = Engine(config, runtime)
     saver = Saver(config, run_dir, data.tokenizer.files)
     position = Position(0, data.order.start())
-    if resume is not None:
-        with console.phase(f"loading {resume}"):
+    if resume:
+        with console.phase(f"loading {resume[0]}"):
             position = Position(*saver.load(engine, resume))
             accept = config.data.on_change == "accept"
             consumed = position.cursor.num_sequences
@@ -58,7 +58,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
                 console.note(f"data.train: another mixture from sequence {consumed:,} on")
             position = Position(position.step, data.order.cursor(consumed))
     began_from = None
-    if resume is None and config.checkpoint.init_from:
+    if not resume and config.checkpoint.init_from:
         began_from = _start_from_weights(config, engine, saver, data.tokenizer, console)
     if config.parallel.zero_stage == 3:
         console.note(f"weights are gathered once a {'step' if engine.keeps_gathered else 'microbatch'}")
@@ -82,6 +82,9 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
     ):
         if began_from is not None:
             recorder.event("init", step=0, **began_from)
+        for passed_over in saver.fallbacks:
+            recorder.event("fallback", step=position.step, damaged=str(passed_over.folder), reason=passed_over.reason)
+            console.note(f"{passed_over.reason}. It is now {passed_over.folder}; step {position.step} goes on instead")
         position = fit(
             config,
             position,
@@ -99,12 +102,20 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             recorder.event("stop", step=position.step, signal=name)
             where = f"step {position.step} is saved in {saver.folder(position.step)}"
             goes_on = "; the same command goes on from there" if position.step < last_step(config) else ""
-            console.note(f"stopped by {name}: {where}{goes_on}")
+            if saver.last is not None and not saver.last.error:
+                console.note(f"stopped by {name}: {where}{goes_on}")
     if runtime.is_main:
-        write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=time.perf_counter() - begin)
-        with console.phase("writing report.html"):
-            write_report([run_dir])
+        try:
+            write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=time.perf_counter() - begin)
+            with console.phase("writing report.html"):
+                write_report([run_dir])
+        except OSError as error:  # a full disk; what counts is in metrics.jsonl and in the checkpoints
+            console.note(
+                f"{run_dir}: no summary.json or report.html ({error.strerror}); tools/report.py writes the report"
+            )
     stop()
+    if saver.last is not None and saver.last.error:
+        raise UserError(f"{saver.last.error}. The same command goes on from the newest checkpoint in {saver.root}")
 
 
 def _start_from_weights(

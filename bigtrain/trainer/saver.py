@@ -1,20 +1,29 @@
-"""What of a run goes into a checkpoint, and how it comes back."""
+"""What of a run goes into a checkpoint, when, and how it comes back.
+
+A save copies what this rank owns to host memory, which is all that training waits for; a thread writes the copy,
+agrees with the other ranks' threads over a process group of their own, and commits. The next save waits for it, and so
+does the end of the run. A save that fails leaves the checkpoints before it as they were, and training goes on.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
 import bigtrain
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import store
+from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.slices import Fragment
+from bigtrain.checkpoint.snapshot import Snapshot
+from bigtrain.config import frozen
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.data.order import Cursor
@@ -27,76 +36,175 @@ ORIGIN = ("init_from", "imported")
 """Keys of state.json: where the run's first weights came from, and what an import of them wrote down."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended."""
+
+    step: int
+    seconds: float
+    """From the call until it was durable, or had failed."""
+    stall_s: float
+    """Of these, that training waited for."""
+    num_bytes: int = 0
+    """That all ranks wrote; known on rank 0."""
+    error: str = ""
+    """Why it failed; empty where it did not."""
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A damaged checkpoint that was passed over."""
+
+    folder: Path
+    """Where it is now."""
+    reason: str
+
+
 class Saver:
     """Saves to RUN/checkpoints and loads from there."""
 
     def __init__(self, config: Config, run_dir: Path, tokenizer: Mapping[str, bytes]) -> None:
-        """`tokenizer`: its files by name, kept in every checkpoint."""
+        """`tokenizer`: its files by name, kept in every checkpoint. Collective."""
         self._config, self._files = config, dict(tokenizer)
-        self._origin: dict[str, Any] = {}
-        """What every save says of where the weights came from."""
         self.root = run_dir / "checkpoints"
+        self.fallbacks: list[Fallback] = []
+        self._carried: dict[str, Any] = {}
+        self._snapshot = Snapshot()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Outcome] | None = None
+        self._finished: list[Outcome] = []
+        self.last: Outcome | None = None
+        """How the last save ended; None before the first has."""
+        # the thread's collectives must not mix with those of the step
+        group = dist.new_group(backend="gloo") if config.checkpoint.async_ else None
+        self._group = cast("dist.ProcessGroup | None", group)
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of `step` is, once it is saved."""
         return folders.path_of(self.root, step)
 
-    def save(self, engine: Engine, step: int, cursor: Cursor) -> float:
-        """Write the checkpoint of `step`, durable on return; returns the seconds that it took. Collective."""
+    def save(self, engine: Engine, step: int, cursor: Cursor, loss: float | None = None) -> None:
+        """Save the run at `step`; `finished` and `wait` tell how it went. Collective.
+
+        Waits for the save before it. `loss`: held-out, where it was measured at this step."""
         begin = time.perf_counter()
-        config = dataclasses.asdict(self._config)  # set-up lines and the like do not travel with a checkpoint
-        state = {
-            "format": folders.FORMAT,
-            "step": step,
-            "adam_step": engine_state.adam_step(engine),
-            "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
-            "cursor": peers.whole(cursor, engine.runtime).to_dict(),
-            "config": {name: value for name, value in config.items() if name not in ("cluster", "tracker")},
-            **self._origin,
-            "versions": {"bigtrain": bigtrain.__version__, **{name: version(name) for name in PACKAGES}},
-        }
-        fragments = engine_state.fragments(engine)
-        store.save(self.root, step, fragments, state, keep=self._config.checkpoint.keep, files=self._files)
-        return time.perf_counter() - begin
+        self._join()
+        state, fragments = self._state(engine, step, cursor, loss), engine_state.fragments(engine)
+        if not self._config.checkpoint.async_:
+            outcome = self._write(step, fragments, state, begin, None)
+            self._end(replace(outcome, stall_s=outcome.seconds))
+            return
+        copies = self._snapshot.take(fragments)
+        stall_s = time.perf_counter() - begin
+        self._pending = self._thread.submit(self._write, step, copies, state, begin, stall_s)
 
-    def load(self, engine: Engine, folder: Path) -> tuple[int, Cursor]:
-        """Fill `engine` from a checkpoint; returns its step and its place in the data. Collective.
+    def finished(self) -> list[Outcome]:
+        """How the saves went that have ended since it was last asked. Never waits."""
+        if self._pending is not None and self._pending.done():
+            self._join()
+        found, self._finished = self._finished, []
+        return found
 
-        Raises UserError where it is of another model or format."""
-        state = store.load(folder, engine_state.fragments(engine))
-        self._origin = {key: state[key] for key in ORIGIN if key in state}
-        engine_state.after_load(engine, adam_step=state["adam_step"])
-        engine.steps_taken = state["step"]
-        engine.loss_scale = dataclasses.replace(engine.loss_scale, **state["loss_scale"])
-        return state["step"], Cursor.from_dict(state["cursor"])
+    def wait(self) -> list[Outcome]:
+        """As `finished`, once no save is under way any more."""
+        self._join()
+        return self.finished()
+
+    def load(self, engine: Engine, candidates: Sequence[Path]) -> tuple[int, Cursor]:
+        """Fill `engine` from the first of `candidates` that is whole; returns its step and its place in the data.
+        Collective. What is damaged is put aside, if it is of this run, and noted in `fallbacks`.
+
+        Raises UserError where none is whole, or one is of another model or format."""
+        for number, folder in enumerate(candidates):
+            try:
+                return self._load(engine, folder)
+            except DamagedCheckpoint as error:
+                if number == len(candidates) - 1:
+                    raise UserError(f"{error}. There is no older one that is whole.") from error
+                self.fallbacks.append(Fallback(self._set_aside(folder), str(error)))
+        raise ValueError("no checkpoint to load was named")
 
     def load_weights(
         self, engine: Engine, read: Callable[[list[Fragment]], object], *, origin: Mapping[str, Any] | None = None
     ) -> None:
-        """Fill only the weights of `engine`, by `read` (`OpenModel.read`): a run starts from them, at step 0, and its
-        checkpoints say so (`origin`: keys of ORIGIN). Collective.
+        """Fill only the weights of a fresh `engine`, by `read` (`OpenModel.read`). Its step, moments and data stay its
+        own, and its checkpoints say where the weights came from (`origin`: keys of ORIGIN). Collective.
 
         Raises UserError where they are of another model."""
         every = engine_state.fragments(engine)
-        read([dataclasses.replace(each, tensors={"weight": each.tensors["weight"]}) for each in every])
+        read([replace(each, tensors={"weight": each.tensors["weight"]}) for each in every])
         engine_state.after_load(engine, adam_step=0)
-        self._origin = dict(origin or {})
+        self._carried = dict(origin or {})
+
+    def _load(self, engine: Engine, folder: Path) -> tuple[int, Cursor]:
+        state = store.load(folder, engine_state.fragments(engine))
+        engine_state.after_load(engine, adam_step=state["adam_step"])
+        engine.steps_taken = state["step"]
+        engine.loss_scale = replace(engine.loss_scale, **state["loss_scale"])
+        self._carried = {name: state[name] for name in ORIGIN if name in state}
+        return state["step"], Cursor.from_dict(state["cursor"])
+
+    def _set_aside(self, folder: Path) -> Path:
+        """Collective: rank 0 renames it. One of another run is left as it is."""
+        aside: list[Path | None] = [folder]
+        if dist.get_rank() == 0 and folder.parent == self.root:
+            aside[0] = folders.set_aside(folder)
+        dist.broadcast_object_list(aside)
+        return aside[0] or folder
+
+    def _state(self, engine: Engine, step: int, cursor: Cursor, loss: float | None) -> dict[str, Any]:
+        """What goes into state.json. Collective."""
+        config = frozen.as_dict(self._config)  # set-up lines and the like do not travel with a checkpoint
+        return {
+            "format": folders.FORMAT,
+            "step": step,
+            "loss": loss,
+            "adam_step": engine_state.adam_step(engine),
+            "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
+            "cursor": peers.whole(cursor, engine.runtime).to_dict(),
+            "config": {name: value for name, value in config.items() if name not in ("cluster", "tracker")},
+            "versions": {"bigtrain": bigtrain.__version__, **{name: version(name) for name in PACKAGES}},
+            **self._carried,
+        }
+
+    def _write(
+        self, step: int, fragments: list[Fragment], state: dict[str, Any], begin: float, stall_s: float | None
+    ) -> Outcome:
+        """Write and commit, on the thread or, without `stall_s`, on the loop's. Collective over its group."""
+        wanted = self._config.checkpoint
+        keep = folders.Keep(wanted.keep, wanted.keep_every, wanted.keep_best)
+        num_bytes, error = 0, ""
+        try:
+            saved = store.save(self.root, step, fragments, state, keep=keep, files=self._files, group=self._group)
+            num_bytes = saved.num_bytes if saved else 0
+        except store.SaveError as raised:
+            error = str(raised)
+        return Outcome(step, time.perf_counter() - begin, stall_s or 0.0, num_bytes, error)
+
+    def _join(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._end(pending.result())
+
+    def _end(self, outcome: Outcome) -> None:
+        self.last = outcome
+        self._finished.append(outcome)
 
 
-def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
-    """The run's own newest checkpoint, so that a job which is started again by itself loses nothing; without one, what
-    `checkpoint.resume` names. Raises UserError for a path without a checkpoint.
+def checkpoints_to_resume(config: Config, run_dir: Path) -> list[Path]:
+    """The run's own checkpoints, the newest first, so that a job which is started again by itself loses nothing;
+    without any, what `checkpoint.resume` names. Raises UserError for a path without a checkpoint.
 
     Collective: rank 0 looks, since a shared disk may show its folders to other machines later."""
-    found: list[Path | str | None] = [None]
+    found: list[Sequence[Path] | str] = [[]]
     if dist.get_rank() == 0:
         try:
-            found[0] = folders.newest(run_dir / "checkpoints")
-            if found[0] is None and config.checkpoint.resume not in ("auto", "never"):
-                found[0] = folders.resolve(Path(config.checkpoint.resume))
+            found[0] = folders.committed(run_dir / "checkpoints")[::-1]
+            if not found[0] and config.checkpoint.resume not in ("auto", "never"):
+                found[0] = [folders.resolve(Path(config.checkpoint.resume))]
         except UserError as error:
             found[0] = str(error)
     dist.broadcast_object_list(found)
     if isinstance(found[0], str):
         raise UserError(found[0])
-    return found[0]
+    return list(found[0])

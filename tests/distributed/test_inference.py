@@ -166,7 +166,7 @@ def saved(config: Any, root: Path) -> None:
     engine = Engine(config, start(config))
     model = training.train(["def f(x):\n    return x + 1\n"] * 20, vocab_size=290)
     known = {"format": folders.FORMAT, "step": 1, "config": {"model": asdict(config.model)}}
-    store.save(root, 1, state.fragments(engine), known, keep=1, files={"tokenizer.model": model})
+    store.save(root, 1, state.fragments(engine), known, files={"tokenizer.model": model})
 
 
 def asked_of_checkpoint(folder: Path, tensor: int) -> tuple[list[list[int]], int, list[Any], list[Any]]:

@@ -37,6 +37,7 @@ def train_and_save(config: Config, run_dir: Path, num_steps: int) -> small.Piece
     saver = Saver(config, run_dir, {})
     saver.load_weights(engine, lambda weights: None, origin={"imported": IMPORTED})
     saver.save(engine, num_steps, NO_DATA)
+    saver.wait()
     return small.pieces(state.fragments(engine), "weight")
 
 
@@ -59,9 +60,11 @@ def start_from(config: Config, source: Path, run_dir: Path) -> tuple[dict[str, s
         engine.optimizer_step(1e-3)
         losses.append(loss.mean.item())
     saver.save(engine, 2, NO_DATA)
+    saver.wait()
     again = Saver(config, run_dir, {})
-    assert again.load(engine, saver.folder(2))[0] == 2
+    assert again.load(engine, [saver.folder(2)])[0] == 2
     again.save(engine, 3, NO_DATA)
+    again.wait()
     return found, steps, losses
 
 

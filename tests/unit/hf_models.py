@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 
 from bigtrain.checkpoint import folder as folders
-from bigtrain.checkpoint import hf_names
+from bigtrain.checkpoint import hf_names, store
 from bigtrain.config.schema import ModelConfig
 
 PRESETS = Path(__file__).parents[2] / "conf" / "model"
@@ -72,21 +71,20 @@ def write(
     step: int = 7,
 ) -> Path:
     """A committed checkpoint with these weights, and moments that no export should read."""
-    partial = folders.partial_of(root, step)
-    partial.mkdir(parents=True)
     kinds = ("weight", "exp_avg", "exp_avg_sq")
     everything = {
         f"{kind}.{name}": tensor if kind == "weight" else torch.full_like(tensor, torch.nan)
         for kind in kinds
         for name, tensor in tensors.items()
     }
-    dcp.save(everything, checkpoint_id=partial, no_dist=True)
     state = {
         "format": folders.FORMAT,
         "step": step,
         "config": {"model": dataclasses.asdict(model), "precision": {"dtype": dtype}},
     }
-    return folders.commit(root, step, state, files)
+    saved = store.save_tensors(root, step, everything, state, files=files)
+    assert saved is not None
+    return saved.folder
 
 
 def logits(folder: Path, tokens_BS: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bigtrain.checkpoint import folder as folders
-from bigtrain.checkpoint import reader
+from bigtrain.checkpoint import manifest, reader
 from bigtrain.config.errors import UserError
 
 
@@ -43,15 +43,70 @@ def test_a_commit_replaces_what_a_kill_left(tmp_path: Path) -> None:
     left = folders.path_of(tmp_path, 3)
     left.mkdir(parents=True)
     (left / "half").touch()
-    assert sorted(p.name for p in make(tmp_path, 3).iterdir()) == ["COMMITTED", "data", "state.json", "tokenizer.model"]
+    there = sorted(p.name for p in make(tmp_path, 3).iterdir())
+    assert there == ["COMMITTED", "data", "manifest.json", "state.json", "tokenizer.model"]
 
 
-def test_prune_keeps_the_newest_and_drops_the_unfinished(tmp_path: Path) -> None:
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         make(tmp_path, step)
-    folders.partial_of(tmp_path, 4).mkdir()
-    folders.prune(tmp_path, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    folders.prune(tmp_path, folders.Keep(2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    assert (tmp_path / "latest").resolve() == tmp_path / "step-00000003"
+
+
+def test_what_a_kill_left_goes_before_the_next_save(tmp_path: Path) -> None:
+    (folders.partial_of(tmp_path, 4) / "deep").mkdir(parents=True)
+    assert folders.prepare(tmp_path, 5, 0) == folders.partial_of(tmp_path, 5)
+    assert [p.name for p in tmp_path.iterdir()] == [".step-00000005.partial"]
+
+
+def test_a_disk_without_room_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"the checkpoint of step 5 takes 1e\+12 GB"):
+        folders.prepare(tmp_path, 5, 10**21)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keep", "gone"),
+    [
+        (folders.Keep(2), {10, 20, 30}),
+        (folders.Keep(1), {10, 20, 30, 40}),
+        (folders.Keep(1, every=20), {10, 30}),
+        (folders.Keep(1, best=1), {10, 30, 40}),
+        (folders.Keep(1, best=2), {10, 30}),
+        (folders.Keep(9), set()),
+        (folders.Keep(0), {10, 20, 30, 40}),
+    ],
+)
+def test_what_is_superseded(keep: folders.Keep, gone: set[int]) -> None:
+    there = [(10, 2.5), (20, 1.4), (30, None), (40, 1.5), (50, None)]
+    assert folders.superseded(there, keep) == gone
+
+
+def test_the_best_are_known_by_what_they_noted(tmp_path: Path) -> None:
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
+        folders.prepare(tmp_path, step, 0)
+        folders.commit(tmp_path, step, {"format": folders.FORMAT, "step": step, "loss": loss})
+    folders.prune(tmp_path, folders.Keep(1, best=1))
+    assert [folders.step_of(p) for p in folders.committed(tmp_path)] == [2, 4]
+
+
+def test_one_that_is_put_aside_does_not_count(tmp_path: Path) -> None:
+    old, new = make(tmp_path, 1), make(tmp_path, 2)
+    aside = folders.set_aside(new)
+    assert aside.name == "damaged-step-00000002"
+    assert folders.committed(tmp_path) == [old]
+    assert folders.resolve(tmp_path / "latest") == old
+
+
+def test_a_manifest_that_changed_is_seen(tmp_path: Path) -> None:
+    made = make(tmp_path, 1)
+    assert manifest.read(made).files["tokenizer.model"].size_bytes == 1
+    content = (made / manifest.MANIFEST).read_text()
+    (made / manifest.MANIFEST).write_text(content.replace('"size_bytes": 1,', '"size_bytes": 2,', 1))
+    with pytest.raises(manifest.DamagedCheckpoint, match="not the one that was committed"):
+        manifest.read(made)
 
 
 def test_resolve_takes_a_run_or_its_checkpoints(tmp_path: Path) -> None:
@@ -97,7 +152,9 @@ def test_dcps_own_index_is_read(tmp_path: Path) -> None:
 
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "n": torch.tensor(1)}
     dcp.save(dict(tensors), checkpoint_id=tmp_path, no_dist=True)
-    assert reader.tensors_in(tmp_path) == {name: tensor.shape for name, tensor in tensors.items()}
+    assert {name: (each.shape, each.dtype) for name, each in reader.tensors_in(tmp_path).items()} == {
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
+    }
     empty = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     dcp.load(empty, storage_reader=reader.SafeReader(tmp_path), no_dist=True)
     assert all(torch.equal(empty[name], tensor) for name, tensor in tensors.items())

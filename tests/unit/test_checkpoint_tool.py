@@ -91,9 +91,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(run: Path, tmp_path: Path) -> N
         command = [sys.executable, "-c", program, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
         assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
-        assert (
-            "it cannot be written: " in done.stderr and "File too large" in done.stderr and done.stderr.count("\n") == 1
-        )
+        assert "File too large" in done.stderr and done.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run", "y"]
     assert list((tmp_path / "y").iterdir()) == []
 

@@ -291,6 +291,6 @@ def test_memory_is_a_few_tensors(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     imported, exported = map(int, done.stdout.split())
-    assert total > 15 * largest
-    assert 0 < imported < 5 * largest and exported < 5 * largest, f"{imported=} {exported=} {largest=} {total=}"
+    assert total > 25 * largest
+    assert 0 < imported < 8 * largest and exported < 8 * largest, f"{imported=} {exported=} {largest=} {total=}"
     assert (tmp_path / "big.hf" / "model.safetensors").stat().st_size == pytest.approx(total, abs=20_000)

@@ -141,7 +141,7 @@ def test_a_run_of_any_layout_loads_the_weights(tmp_path: Path) -> None:
     name = "decoder.layers.1.mlp.linear_fc1.weight"
     shard = Shard.of(name, (96, 64), dim=0, rank=1, size=2, parts=2)
     tensors = {kind: torch.full((96 * 64 - 100,), 7.0) for kind in ("weight", "exp_avg", "exp_avg_sq")}
-    fragments = [Fragment(shard, 100, tensors, owned=True)]
+    fragments = [Fragment(shard, 100, tensors, owned=False)]
     state = store.load_weights(done.folder, fragments)
     whole = weights(LLAMA)[name]
     local = torch.cat([whole[48:96], whole[144:192]]).flatten()

@@ -18,6 +18,7 @@ from bigtrain.data import tokenizer_training as training
 from bigtrain.launching import init_from, preflight
 
 MODEL = ModelConfig(vocab_size=512)
+NO_MODEL = {"format": folders.FORMAT, "config": {}}
 TEXTS = [f"text {number} of some words that are there" for number in range(300)]
 
 
@@ -59,9 +60,10 @@ def told(config: Config) -> str:
 
 def test_a_run_is_its_newest_checkpoint(source: Path, tmp_path: Path, tokenizers: list[bytes]) -> None:
     newest = str(source / "checkpoints" / "step-00000020")
-    other = init_from.settled(config_of(tmp_path, source, tokenizers[0]))
-    assert (other.checkpoint.init_from, other.tokenizer.path) == (newest, str(tmp_path / "run.model"))
-    assert told(other) == "" and init_from.settled(other) == other
+    for named in (source, source / "checkpoints", source / "checkpoints" / "latest"):
+        settled = init_from.settled(config_of(tmp_path, named, tokenizers[0]))
+        assert (settled.checkpoint.init_from, settled.tokenizer.path) == (newest, str(tmp_path / "run.model"))
+        assert told(settled) == "" and init_from.settled(settled) == settled
 
 
 def test_the_tokenizer_of_the_weights_is_copied(source: Path, tmp_path: Path, tokenizers: list[bytes]) -> None:
@@ -111,7 +113,7 @@ def test_another_tokenizer(source: Path, tmp_path: Path, tokenizers: list[bytes]
         (lambda step: (step / "COMMITTED").unlink(), "it was never committed"),
         (lambda step: (step / "state.json").write_text("{"), "state.json cannot be read"),
         (
-            lambda step: (step / "state.json").write_text('{"format": 2, "config": {}}'),
+            lambda step: (step / "state.json").write_text(json.dumps(NO_MODEL)),
             "not one that this version knows",
         ),
         (lambda step: step.rename(step.with_name("gone")), "there is no such folder"),

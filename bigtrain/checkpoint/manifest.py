@@ -1,0 +1,91 @@
+"""manifest.json: what a checkpoint consists of, with a hash of every file and of every global tensor.
+
+The hash of a file (xxh3) finds bytes that changed on a disk or on the way; the hash of a tensor (`content_hash`) stays
+the same in every layout, so it also shows that two checkpoints hold the same weights. The marker COMMITTED has the hash
+of the manifest itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from bigtrain.config.errors import UserError
+
+MANIFEST = "manifest.json"
+COMMITTED = "COMMITTED"
+_READ_BYTES = 8 << 20
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that was committed and does not hold any more what was written: an older one may."""
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file must be."""
+
+    size_bytes: int
+    xxh3: str
+    """Hash of its bytes: 64 bits, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a global tensor must be."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As torch names it: float32."""
+    hash: str
+    """`content_hash` of its elements: 64 bits, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Of one checkpoint: tensors by ``kind.name``, files by name (all but the manifest and the marker)."""
+
+    tensors: dict[str, Tensor]
+    files: dict[str, File]
+
+    def to_json(self) -> bytes:
+        return (json.dumps({"tensors": _plain(self.tensors), "files": _plain(self.files)}, indent=1) + "\n").encode()
+
+
+def _plain(entries: Mapping[str, File | Tensor]) -> dict[str, Any]:
+    return {name: asdict(entry) for name, entry in sorted(entries.items())}
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a committed checkpoint. Raises DamagedCheckpoint where it is not the one that was committed."""
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        committed = (folder / COMMITTED).read_text().strip()
+        if committed != hash_of(content):
+            raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} is not the one that was committed: it is damaged")
+        fields = json.loads(content)
+        tensors = {name: Tensor(tuple(one.pop("shape")), **one) for name, one in fields["tensors"].items()}
+        return Manifest(tensors, {name: File(**one) for name, one in fields["files"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} cannot be read ({error})") from error
+
+
+def hash_of(content: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+def file_of(path: Path, progress: Callable[[int], None] | None = None) -> File:
+    """What a file is now. `progress`: is told the bytes that were read since it was last told. Raises OSError."""
+    state, size = xxhash.xxh3_64(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_READ_BYTES):
+            state.update(block)
+            size += len(block)
+            if progress:
+                progress(len(block))
+    return File(size, state.hexdigest())
