@@ -9,6 +9,7 @@ or ranks.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -68,6 +69,11 @@ def resolve(path: Path) -> Path:
     """The checkpoint that a user means: a checkpoint's folder, a run's folder or its checkpoints/ (then the newest).
 
     Raises UserError where there is none, or where it was never committed."""
+    return candidates(path)[0]
+
+
+def candidates(path: Path) -> list[Path]:
+    """As `resolve`, and behind it the older ones that would do where a run was named and its newest is damaged."""
     if path.name == LATEST and path.is_symlink():
         path = path.parent / path.readlink().name
     if step_of(path) is not None:
@@ -75,11 +81,13 @@ def resolve(path: Path) -> Path:
             raise UserError(f"checkpoint {path}: there is no such folder")
         if not (path / COMMITTED).is_file():
             raise UserError(f"checkpoint {path}: it was never committed (no {COMMITTED} in it); use an older one")
-        return path
-    found = newest(path / "checkpoints") or newest(path)
-    if found is None:
+        return [path]
+    if not path.exists():
+        raise UserError(f"checkpoint {path}: there is no such folder")
+    found = committed(path / "checkpoints") or committed(path)
+    if not found:
         raise UserError(f"checkpoint {path}: no committed checkpoint (step-NNNNNNNN/{COMMITTED}) in there")
-    return found
+    return found[::-1]
 
 
 def prepare(root: Path, step: int, size_bytes: int) -> Path:
@@ -205,9 +213,10 @@ def superseded(checkpoints: Iterable[tuple[int, float | None]], keep: Keep) -> s
 
 
 def prune(root: Path, keep: Keep) -> None:
-    """Delete the committed checkpoints that are superseded."""
+    """Delete the committed checkpoints that are superseded. What cannot be deleted now is left to the next save."""
     for step in superseded([(step_of(path) or 0, loss_of(path)) for path in committed(root)], keep):
-        _delete(path_of(root, step))
+        with contextlib.suppress(OSError):
+            _delete(path_of(root, step))
 
 
 def loss_of(folder: Path) -> float | None:

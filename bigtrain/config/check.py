@@ -242,6 +242,18 @@ def _schedule(config: Config, world: int) -> Iterator[Problem]:
         yield Problem("schedule.decay_fraction", config.schedule.decay_fraction, message, "Lower one of the two")
 
 
+def _checkpoint(config: Config, world: int) -> Iterator[Problem]:
+    interval, every, best = config.checkpoint.interval, config.checkpoint.keep_every, config.checkpoint.keep_best
+    if every and (not interval or every % interval):
+        message = f"checkpoints are made every checkpoint.interval={interval} steps"
+        fix = _multiples("Set checkpoint.keep_every", every, interval) if interval else "Set checkpoint.interval"
+        yield Problem("checkpoint.keep_every", every, message, fix)
+    if best and (not config.eval.interval or interval % config.eval.interval):
+        message = f"the loss is measured every eval.interval={config.eval.interval} steps, not at each checkpoint"
+        fix = f"Set eval.interval={interval}, or a divisor of it"
+        yield Problem("checkpoint.keep_best", best, message, fix)
+
+
 def _cluster(config: Config, world: int) -> Iterator[Problem]:
     cluster = config.cluster
     if cluster.kind == "local" and cluster.num_nodes > 1:
@@ -318,6 +330,7 @@ _RULES: tuple[tuple[tuple[str, ...], _Rule], ...] = (
         ),
         _schedule,
     ),
+    (("checkpoint.interval", "checkpoint.keep_every", "checkpoint.keep_best", "eval.interval"), _checkpoint),
     ((), data_problems),
     ((), _start),
     ((), _cluster),

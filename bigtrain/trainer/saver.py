@@ -201,7 +201,7 @@ def checkpoints_to_resume(config: Config, run_dir: Path) -> list[Path]:
         try:
             found[0] = folders.committed(run_dir / "checkpoints")[::-1]
             if not found[0] and config.checkpoint.resume not in ("auto", "never"):
-                found[0] = [folders.resolve(Path(config.checkpoint.resume))]
+                found[0] = folders.candidates(Path(config.checkpoint.resume))
         except UserError as error:
             found[0] = str(error)
     dist.broadcast_object_list(found)

@@ -15,11 +15,9 @@ from bigtrain.config.schema import CheckpointConfig, Config
 from tests.distributed import small
 from tests.distributed.harness import PoolFactory, RankError
 
-ZERO3 = {"zero_stage": 3}
-
 
 def config(**checkpoint: Any) -> Config:
-    return replace(small.config(**ZERO3), checkpoint=CheckpointConfig(**checkpoint))
+    return replace(small.config(zero_stage=3), checkpoint=CheckpointConfig(**checkpoint))
 
 
 def started(config: Config, run_dir: Path) -> tuple[Any, Any]:
