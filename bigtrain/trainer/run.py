@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,8 +14,10 @@ from bigtrain.config.derive import flops_per_token
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.data.ledger import Begin
+from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.distributed.start import Runtime, start, stop
 from bigtrain.engine.engine import Engine
+from bigtrain.engine.open_model import has_tokenizer, open_model
 from bigtrain.model.build import DTYPES
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.peak import device_peak
@@ -54,6 +57,9 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             if data.order.go_on_from(position.cursor, accept_change=accept):
                 console.note(f"data.train: another mixture from sequence {consumed:,} on")
             position = Position(position.step, data.order.cursor(consumed))
+    began_from = None
+    if not resume and config.checkpoint.init_from:
+        began_from = _start_from_weights(config, engine, saver, data.tokenizer, console)
     if config.parallel.zero_stage == 3:
         console.note(f"weights are gathered once a {'step' if engine.keeps_gathered else 'microbatch'}")
     console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")
@@ -74,6 +80,8 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             is_writer=runtime.is_main,
         ) as recorder,
     ):
+        if began_from is not None:
+            recorder.event("init", step=0, **began_from)
         for passed_over in saver.fallbacks:
             recorder.event("fallback", step=position.step, damaged=str(passed_over.folder), reason=passed_over.reason)
             console.note(f"{passed_over.reason}. It is now {passed_over.folder}; step {position.step} goes on instead")
@@ -108,6 +116,26 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
     stop()
     if saver.last is not None and saver.last.error:
         raise UserError(f"{saver.last.error}. The same command goes on from the newest checkpoint in {saver.root}")
+
+
+def _start_from_weights(
+    config: Config, engine: Engine, saver: Saver, tokenizer: Tokenizer, console: Console
+) -> dict[str, Any]:
+    """Fill the weights from checkpoint.init_from; returns where they came from. Collective. Raises UserError where they
+    are of another model or tokenizer."""
+    opened = open_model(config.checkpoint.init_from, tokenizer=tokenizer)
+    if not has_tokenizer(opened.folder):
+        console.note(f"warning: {opened.folder} has no tokenizer, so nothing tells that its ids are those of the data")
+    elif not tokenizer.means_the_same(opened.tokenizer):
+        raise UserError(
+            f"checkpoint.init_from={opened.folder}: its tokenizer ({opened.tokenizer.fingerprint[:16]}) is not the "
+            f"run's, {tokenizer.name} ({tokenizer.fingerprint[:16]}). Set tokenizer.path={opened.folder}, and shards "
+            "that it made."
+        )
+    with console.phase(f"loading the weights of {opened.folder}"):
+        saver.load_weights(engine, opened.read, origin=opened.origin)
+    console.note(f"weights from {opened.folder} (step {opened.step:,}); optimizer, schedule and data begin anew")
+    return opened.origin["init_from"]
 
 
 def _check_world(config: Config, world: int) -> None:
