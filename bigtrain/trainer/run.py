@@ -48,18 +48,13 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
     with console.phase("building the model"):
         engine = Engine(config, runtime)
     saver = Saver(config, run_dir, data.tokenizer.files)
-    position = Position(0, data.order.start())
-    if resume:
-        with console.phase(f"loading {resume[0]}"):
-            position = Position(*saver.load(engine, resume))
-            accept = config.data.on_change == "accept"
-            consumed = position.cursor.num_sequences
-            if data.order.go_on_from(position.cursor, accept_change=accept):
-                console.note(f"data.train: another mixture from sequence {consumed:,} on")
-            position = Position(position.step, data.order.cursor(consumed))
     began_from = None
-    if not resume and config.checkpoint.init_from:
-        began_from = _start_from_weights(config, engine, saver, data.tokenizer, console)
+    if resume:
+        position = _go_on(config, resume, engine, saver, data, console)
+    else:
+        position = Position(0, data.order.start())
+        if config.checkpoint.init_from:
+            began_from = _start_from_weights(config, engine, saver, data.tokenizer, console)
     if config.parallel.zero_stage == 3:
         console.note(f"weights are gathered once a {'step' if engine.keeps_gathered else 'microbatch'}")
     console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")
@@ -100,22 +95,36 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         )
         if name := stop_signal.received:
             recorder.event("stop", step=position.step, signal=name)
-            where = f"step {position.step} is saved in {saver.folder(position.step)}"
-            goes_on = "; the same command goes on from there" if position.step < last_step(config) else ""
             if saver.last is not None and not saver.last.error:
-                console.note(f"stopped by {name}: {where}{goes_on}")
+                goes_on = "; the same command goes on from there" if position.step < last_step(config) else ""
+                where = saver.folder(position.step)
+                console.note(f"stopped by {name}: step {position.step} is saved in {where}{goes_on}")
     if runtime.is_main:
-        try:
-            write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=time.perf_counter() - begin)
-            with console.phase("writing report.html"):
-                write_report([run_dir])
-        except OSError as error:  # a full disk; what counts is in metrics.jsonl and in the checkpoints
-            console.note(
-                f"{run_dir}: no summary.json or report.html ({error.strerror}); tools/report.py writes the report"
-            )
+        _sum_up(run_dir, data, time.perf_counter() - begin, console)
     stop()
     if saver.last is not None and saver.last.error:
         raise UserError(f"{saver.last.error}. The same command goes on from the newest checkpoint in {saver.root}")
+
+
+def _go_on(
+    config: Config, checkpoints: list[Path], engine: Engine, saver: Saver, data: RunData, console: Console
+) -> Position:
+    """Load the first of `checkpoints` that is whole. Collective."""
+    with console.phase(f"loading {checkpoints[0]}"):
+        step, cursor = saver.load(engine, checkpoints)
+        if data.order.go_on_from(cursor, accept_change=config.data.on_change == "accept"):
+            console.note(f"data.train: another mixture from sequence {cursor.num_sequences:,} on")
+        return Position(step, data.order.cursor(cursor.num_sequences))
+
+
+def _sum_up(run_dir: Path, data: RunData, wall_s: float, console: Console) -> None:
+    """summary.json and report.html. What counts is in metrics.jsonl and the checkpoints, so a full disk is only said."""
+    try:
+        write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=wall_s)
+        with console.phase("writing report.html"):
+            write_report([run_dir])
+    except OSError as error:
+        console.note(f"{run_dir}: no summary or report ({error.strerror}); tools/report.py writes the report")
 
 
 def _start_from_weights(
