@@ -118,7 +118,7 @@ def _go_on(
 
 
 def _sum_up(run_dir: Path, data: RunData, wall_s: float, console: Console) -> None:
-    """summary.json and report.html. What counts is in metrics.jsonl and the checkpoints, so a full disk is only said."""
+    """summary.json and report.html. What counts is in metrics.jsonl and the checkpoints: a full disk is only said."""
     try:
         write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=wall_s)
         with console.phase("writing report.html"):
