@@ -1,9 +1,9 @@
 """DCP's writer, with what a checkpoint needs on top: a file a rank past the page cache, hashes, and the commit.
 
 torch's own keeps every tensor of a file in memory until the file is done, and writes through the page cache. Here two
-chunks are in the works at most: one is written while another thread hashes it or the one before. What the ranks wrote reaches
-rank 0 with the results that DCP gathers anyway; it commits before DCP tells the others that all is well, so an error of
-any rank or of the commit is every rank's error.
+chunks are in the works at most: one is written while another thread hashes it or the one before. What the ranks wrote
+reaches rank 0 with the results that DCP gathers anyway; it commits before DCP tells the others that all is well, so an
+error of any rank or of the commit is every rank's error.
 """
 
 # pyright: reportUnknownMemberType=false, reportPrivateImportUsage=false
