@@ -71,11 +71,11 @@ def _copy_on_host(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         target, source = piece
         np.copyto(cast("Any", target.numpy()), cast("Any", source.numpy()))
 
-    flats = ((place.view(torch.uint8), flat.contiguous().view(torch.uint8)) for place, flat in pairs)
+    flats = ((place.view(torch.uint8), flat.view(torch.uint8)) for place, flat in pairs)
     pieces = (
-        piece
+        (place[at : at + _PIECE_BYTES], flat[at : at + _PIECE_BYTES])
         for place, flat in flats
-        for piece in zip(place.split(_PIECE_BYTES), flat.split(_PIECE_BYTES), strict=True)
+        for at in range(0, len(flat), _PIECE_BYTES)
     )
     with ThreadPoolExecutor(torch.get_num_threads(), "checkpoint-copy") as pool:
         list(pool.map(copy, pieces))
