@@ -252,7 +252,7 @@ def bench_async(name: str, options: argparse.Namespace) -> dict[str, float]:
         barrier()
         del pending
         gc.collect()
-    found = {key: highest(sorted(each[key] for each in saves[1:])[(len(saves) - 1) // 2]) for key in saves[0]}
+    found = {key: highest(statistics.median(each[key] for each in saves[1:])) for key in saves[0]}
     first = {"first_stall_s": saves[0]["stall_s"]}
     return found | first | {"peak_bytes": peak, "num_bytes": total(state.num_bytes)}
 
