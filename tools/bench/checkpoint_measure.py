@@ -1,4 +1,4 @@
-"""What tools/bench/checkpoint.py runs in each rank of a contender's processes: one save, load or run of saves, measured."""
+"""What each rank of a contender of tools/bench/checkpoint.py runs: one save, load or run of saves, measured."""
 
 from __future__ import annotations
 
