@@ -60,6 +60,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends, and files go
     wanted = chosen(options.only)
     try:
+        options.dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=options.dir) as folder:
             check_room(Path(folder), wanted, options.params)
             found = rounds(options, wanted, Path(folder))
@@ -78,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="over all ranks")
-    parser.add_argument("--dir", type=Path, default=Path(), help="where a temporary folder is made (here)")
+    parser.add_argument("--dir", type=Path, default=Path(), help="folder in which a temporary one is made (here)")
     parser.add_argument("--only", type=lambda text: text.split(","), help="PART or PART:NAME, with commas between")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--baseline", type=float, default=BASELINE_S, help="seconds of steps before an async save")
