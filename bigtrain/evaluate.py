@@ -7,10 +7,11 @@
     python -m bigtrain.evaluate checkpoint=runs/default data=corpus/valid num_tokens=0     # all of a folder of shards
     python -m bigtrain.evaluate checkpoint=runs/default 'data={web: web/valid, code: [{path: a}, {path: b}]}'
     python -m bigtrain.evaluate checkpoint=runs/default ranks=4 tensor=2                   # tensor 2 x data 2
+    python -m bigtrain.evaluate checkpoint=Llama-3.2-1B data=corpus/valid sequence_length=2048  # a Hugging Face folder
     python -m bigtrain.evaluate checkpoint=runs/default --lm-eval arc_easy,hellaswag limit=100
 
 what
-  checkpoint       a checkpoint of any layout, or a run's folder (then its newest)
+  checkpoint       a checkpoint of any layout, a run's folder (then its newest), or a Hugging Face folder
   data             a folder of shards, or as data.valid: {NAME: FOLDER, ...} or [{path: FOLDER}, ...]; default: the
                    data.valid of the run that made the checkpoint
   num_tokens       tokens of each set, rounded up to whole sequences; 0: all. Default: as many as the run took
@@ -27,7 +28,7 @@ where
   ranks            of this machine; tensor x data ranks (as many as tensor)
   tensor           ranks that share the model (1). Also spelt parallel.tensor
   device           auto | cpu | cuda
-  dtype            auto | fp32 | bf16 | fp16: numbers of the weights; auto: the run's own, so that its numbers come out
+  dtype            auto | fp32 | bf16 | fp16: numbers of the weights; auto: the run's or the folder's own
 
 loss is in nats a predicted token; bits_per_byte counts the bytes of text. The numbers do not depend on the layout. Exit
 status: 0, 2 for a mistake, 130 for Ctrl-C.

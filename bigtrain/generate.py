@@ -6,9 +6,10 @@
     python -m bigtrain.generate checkpoint=runs/default prompt='def ' temperature=0               # the likeliest
     python -m bigtrain.generate checkpoint=runs/default prompts=prompts.txt out=texts.jsonl       # one prompt a line
     python -m bigtrain.generate checkpoint=runs/default/checkpoints/step-00000300 tensor=2        # on two ranks
+    python -m bigtrain.generate checkpoint=Llama-3.2-1B prompt='Once'                       # of Hugging Face
 
 what
-  checkpoint    a checkpoint of any layout, or a run's folder (then its newest)
+  checkpoint    a checkpoint of any layout, a run's folder (then its newest), or a Hugging Face folder
   prompt        the text to go on from; without one, a new document begins
   prompts       a file of prompts: one a line, or in a file .jsonl an object a line: {"prompt": "..."}
   out           a new file for the texts of `prompts`; .jsonl: an object a line with line, prompt, text, tokens, ended

@@ -6,6 +6,7 @@ To start a run: ``python -m bigtrain.launch --help``.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -36,6 +37,16 @@ def main(arguments: list[str]) -> int:
         run(config, Path(arguments[0]), console)
     except UserError as error:  # often on all ranks alike; the launcher shows it once
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: {arguments[0]} cannot be written, its disk is full ({error.strerror}). Make room; the same "
+            "command goes on from the newest checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
         return 2
     return 0
 

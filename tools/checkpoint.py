@@ -11,15 +11,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/ is no package of the installation
 
 from bigtrain.config.errors import exit_status
 from tools import checkpoints
-
-if TYPE_CHECKING:
-    from bigtrain.data.tokenizer import Tokenizer
 
 EXAMPLES = """examples:
   python tools/checkpoint.py inspect runs/default                        # all of a run's, and what is in the newest
@@ -94,11 +91,13 @@ def import_hf(options: argparse.Namespace) -> int:
     import torch
 
     import bigtrain
-    from bigtrain.checkpoint.hf_import import PRESET, import_folder, load_settings
+    from bigtrain.checkpoint.hf_folder import load_settings
+    from bigtrain.checkpoint.hf_import import PRESET, import_folder
+    from bigtrain.data.tokenizer import HUGGING_FACE, Tokenizer
 
     folder = Path(options.folder)
     load_settings(folder)  # what is no such model is refused before its tokenizer is
-    tokenizer = None if options.no_tokenizer else _tokenizer_of(folder, options.tokenizer)
+    tokenizer = None if options.no_tokenizer else Tokenizer.load(options.tokenizer or folder, first=HUGGING_FACE)
     done = import_folder(
         folder,
         Path(options.checkpoint),
@@ -117,14 +116,6 @@ def import_hf(options: argparse.Namespace) -> int:
         print(f"left out {len(done.left_out)} that the model makes by itself or has twice: {first}")
     print(f"the model's settings, as a preset of conf/model/: {done.folder / PRESET}")
     return 0
-
-
-def _tokenizer_of(folder: Path, named: str | None) -> Tokenizer:
-    """Of a Hugging Face folder; tokenizer.json where there are several."""
-    from bigtrain.data.tokenizer import HUGGING_FACE, Tokenizer
-
-    file = folder / HUGGING_FACE
-    return Tokenizer.load(named or (file if file.is_file() else folder))
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ or ranks.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -68,6 +69,11 @@ def resolve(path: Path) -> Path:
     """The checkpoint that a user means: a checkpoint's folder, a run's folder or its checkpoints/ (then the newest).
 
     Raises UserError where there is none, or where it was never committed."""
+    return candidates(path)[0]
+
+
+def candidates(path: Path) -> list[Path]:
+    """As `resolve`, and behind it the older ones that would do where a run was named and its newest is damaged."""
     if path.name == LATEST and path.is_symlink():
         path = path.parent / path.readlink().name
     if step_of(path) is not None:
@@ -75,19 +81,22 @@ def resolve(path: Path) -> Path:
             raise UserError(f"checkpoint {path}: there is no such folder")
         if not (path / COMMITTED).is_file():
             raise UserError(f"checkpoint {path}: it was never committed (no {COMMITTED} in it); use an older one")
-        return path
-    found = newest(path / "checkpoints") or newest(path)
-    if found is None:
+        return [path]
+    if not path.exists():
+        raise UserError(f"checkpoint {path}: there is no such folder")
+    found = committed(path / "checkpoints") or committed(path)
+    if not found:
         raise UserError(f"checkpoint {path}: no committed checkpoint (step-NNNNNNNN/{COMMITTED}) in there")
-    return found
+    return found[::-1]
 
 
 def prepare(root: Path, step: int, size_bytes: int) -> Path:
-    """An empty partial folder for `step`; what killed saves left is deleted.
+    """An empty partial folder for `step`; what killed saves and deletions left is deleted.
 
     Raises OSError where the disk has no room for `size_bytes`: nothing is written then."""
-    for left in root.glob(".step-*.partial"):
-        shutil.rmtree(left)
+    for left in [*root.glob(".step-*"), *root.glob("step-*")]:
+        if not (left / COMMITTED).exists():
+            shutil.rmtree(left)
     partial = partial_of(root, step)
     partial.mkdir(parents=True)
     free = shutil.disk_usage(root).free
@@ -133,7 +142,8 @@ def commit(
     manifest = Manifest(dict(tensors or {}), known).to_json()
     _write(partial / MANIFEST, manifest)
     _sync(partial)
-    _clear(final)
+    if final.exists():  # of a run that went back behind this step
+        _delete(final)
     partial.rename(final)
     _sync(root)
     _write(final / COMMITTED, f"{hash_of(manifest)}\n".encode())
@@ -142,12 +152,10 @@ def commit(
     return final
 
 
-def _clear(final: Path) -> None:
-    """Delete what stands where a checkpoint shall be: left by a kill between the rename and COMMITTED, or of a run that
-    went back behind this step."""
-    if final.exists():
-        (final / COMMITTED).unlink(missing_ok=True)
-        shutil.rmtree(final)
+def _delete(folder: Path) -> None:
+    """From the first act on it does not count."""
+    (folder / COMMITTED).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _turn_latest(root: Path, target: Path) -> None:
@@ -205,11 +213,10 @@ def superseded(checkpoints: Iterable[tuple[int, float | None]], keep: Keep) -> s
 
 
 def prune(root: Path, keep: Keep) -> None:
-    """Delete the committed checkpoints that are superseded."""
+    """Delete the committed checkpoints that are superseded. What cannot be deleted now is left to the next save."""
     for step in superseded([(step_of(path) or 0, loss_of(path)) for path in committed(root)], keep):
-        old = path_of(root, step)
-        (old / COMMITTED).unlink()  # from here on it does not count
-        shutil.rmtree(old)
+        with contextlib.suppress(OSError):
+            _delete(path_of(root, step))
 
 
 def loss_of(folder: Path) -> float | None:

@@ -5,32 +5,28 @@ so the memory that it takes is a few times the largest tensor, however large the
 renamed when it is whole.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportPrivateImportUsage=false
-# (torch.distributed.checkpoint is only partly typed)
-
 from __future__ import annotations
 
 import json
 import os
-import pickle
+import re
 import shutil
+import socket
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
 
+from bigtrain.checkpoint import content_hash, hf_config, manifest, safetensors_files, store
 from bigtrain.checkpoint import folder as folders
-from bigtrain.checkpoint import hf_config, safetensors_files, store
 from bigtrain.checkpoint.hf_names import Part, our_shapes, parts
-from bigtrain.checkpoint.reader import SafeReader, read_index, tensors_in
+from bigtrain.checkpoint.manifest import DamagedCheckpoint
+from bigtrain.checkpoint.reader import tensors_in
+from bigtrain.checkpoint.stored import Stored
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 
@@ -122,36 +118,30 @@ def export(
 
 
 class Weights:
-    """The fp32 weights of a checkpoint, one at a time."""
+    """The weights of a checkpoint, one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        """Raises UserError where its index or its manifest cannot be read."""
+        self._folder, self._tensors = folder, tensors_in(folder)
+        self._expected = manifest.read(folder).tensors
 
     def read(self, name: str) -> torch.Tensor:
-        """The global tensor, fp32. Raises UserError where it is damaged."""
-        tensor = torch.empty(self._index.state_dict_metadata[f"weight.{name}"].size)  # type: ignore[union-attr]
+        """The global tensor, fp32. Raises DamagedCheckpoint where it is not what was saved."""
+        kept = f"weight.{name}"
+        stored = self._tensors[kept]
+        tensor, corner = torch.empty(stored.shape, dtype=stored.dtype), (0,) * len(stored.shape)
         try:
-            dcp.load({f"weight.{name}": tensor}, storage_reader=_Reader(self._folder, self._index), no_dist=True)
-        except (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"checkpoint {self._folder}: weight.{name} cannot be read: {error!s:.500}") from error
-        return tensor
-
-    @cached_property
-    def _index(self) -> Metadata:
-        return read_index(self._folder)
-
-
-class _Reader(SafeReader):
-    """With an index that was read before."""
-
-    def __init__(self, folder: Path, index: Metadata) -> None:
-        super().__init__(folder)
-        self._found = index
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._found.storage_meta is not None:
-            self._found.storage_meta.load_id = self.load_id
-        return self._found
+            with Stored(self._folder) as files:
+                files.read(stored, corner, tensor)
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"checkpoint {self._folder}: {kept} cannot be read: {error!s:.500}") from error
+        found = content_hash.total([{kept: content_hash.of_rectangle(tensor, corner)}])[kept]
+        if kept not in self._expected or self._expected[kept].hash != found:
+            raise DamagedCheckpoint(
+                f"checkpoint {self._folder}: {kept} is not what was saved: its hash is {found}, which "
+                f"{manifest.MANIFEST} does not say"
+            )
+        return tensor.float()
 
 
 def theirs(part: Part, ours: torch.Tensor) -> torch.Tensor:
@@ -233,9 +223,10 @@ def _aside(out: Path, num_bytes: int) -> Generator[Path]:
     """A folder beside `out` that becomes it when the block ends well, and goes when it does not."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: it is there already, and nothing is written over. Name another folder.")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial = out.with_name(f".{out.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
         free = shutil.disk_usage(out.parent).free
         if free < num_bytes:
             raise UserError(f"{out}: {num_bytes / 1e9:.3g} GB of weights, and the disk has {free / 1e9:.3g} GB free")
@@ -251,6 +242,25 @@ def _aside(out: Path, num_bytes: int) -> Generator[Path]:
             raise
     except OSError as error:
         raise UserError(f"{out}: it cannot be written: {error.strerror}") from error
+
+
+def _remove_abandoned(out: Path) -> None:
+    """What exports to `out` left that were killed on this machine. Those of others may still be written."""
+    named = re.compile(rf"\.{re.escape(out.name)}\.{re.escape(socket.gethostname())}\.(\d+)\.partial")
+    for path in out.parent.iterdir():
+        match = named.fullmatch(path.name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -11,7 +11,6 @@ of any layout starts from the result (`store.load_weights`); `hf_export.export` 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +22,15 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from bigtrain.checkpoint import folder as folders
-from bigtrain.checkpoint import hf_config, store
+from bigtrain.checkpoint import store
+from bigtrain.checkpoint.hf_folder import check_tensors, check_tokenizer, dtype_of, load_settings
 from bigtrain.checkpoint.hf_names import Part, our_shapes, parts
-from bigtrain.checkpoint.safetensors_files import Entry, locate, read, read_json, unfit_dtype
+from bigtrain.checkpoint.safetensors_files import Entry, read
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 
 PRESET = "model.yaml"
 """In the checkpoint: the model's settings, as a preset of conf/model/."""
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Masks and tables that older versions saved beside the weights; the model makes them anew.
-_BUFFERS = re.compile(
-    r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-)
 
 
 @dataclass(frozen=True)
@@ -55,14 +50,6 @@ class Imported:
     """Their tensors that are no weights."""
 
 
-def load_settings(folder: Path) -> ModelConfig:
-    """Our settings of the model in a Hugging Face folder. Raises UserError for one of another kind, by field."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
-    file = folder / "config.json"
-    return dataclasses.replace(hf_config.from_theirs(read_json(file), str(file)), name=folder.resolve().name)
-
-
 def import_folder(
     folder: Path,
     out: Path,
@@ -80,8 +67,7 @@ def import_folder(
     others, so that they are as unlikely as any token. `progress` is told each tensor. Raises UserError for a folder
     that is no such model, naming the field or the tensor, and where there is a checkpoint already."""
     theirs = load_settings(folder)
-    if tokenizer_vocab_size > theirs.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer_vocab_size} ids, the model {theirs.vocab_size} rows")
+    check_tokenizer(folder, theirs, tokenizer_vocab_size)
     if vocab_multiple < 1:
         raise UserError(f"a multiple of {vocab_multiple} rows: it takes 1 or more")
     padded = -(-theirs.vocab_size // vocab_multiple) * vocab_multiple
@@ -90,8 +76,7 @@ def import_folder(
     if final.exists():
         raise UserError(f"{final}: it is there already, and nothing is written over. Name another folder.")
     found, left_out = check_tensors(folder, theirs)
-    dtypes = {cast("torch.dtype", entry.dtype) for entry in found.values()}
-    dtype = _DTYPES[dtypes.pop()] if len(dtypes) == 1 else "fp32"  # which holds them all
+    dtype = dtype_of(found)
     preset = (
         f"# {folder.resolve().name}, from Hugging Face\n{yaml.safe_dump(dataclasses.asdict(model), sort_keys=False)}"
     )
@@ -105,48 +90,6 @@ def import_folder(
     }
     _save(out, model, theirs.vocab_size, found, state, {**files, PRESET: preset.encode()}, progress)
     return Imported(final, model, dtype, theirs.vocab_size, len(found), left_out)
-
-
-def check_tensors(folder: Path, theirs: ModelConfig) -> tuple[dict[str, Entry], list[str]]:
-    """Where each tensor of the model is, and the names of those that are no weights. Raises UserError for one that is
-    missing, unknown, of another shape or of a dtype for no weights."""
-    there = locate(folder)
-    if theirs.position == "learned" and "wte.weight" in there:  # OpenAI's own GPT-2
-        there = {f"transformer.{name}" if name != "lm_head.weight" else name: entry for name, entry in there.items()}
-    if theirs.num_layers > len(there):
-        raise UserError(f"{folder}: config.json has {theirs.num_layers} layers, there are {len(there)} tensors")
-    wanted = {part.name: part.shape for part in parts(theirs)}
-    left_out = [name for name in there if name not in wanted and _BUFFERS.fullmatch(name)]
-    if theirs.tie_embeddings and "lm_head.weight" in there:
-        _check_tied(folder, there)
-        left_out.append("lm_head.weight")
-    for name in there:
-        if name not in wanted and name not in left_out:
-            raise UserError(
-                f"{there[name].file}: tensor {name:.200} is none of this model: config.json has no such layer"
-            )
-    for name, shape in wanted.items():
-        if name not in there:
-            raise UserError(f"{folder}: tensor {name} is missing, which config.json asks for")
-        if there[name].dtype is None:
-            raise unfit_dtype(there[name])
-        if there[name].shape != shape:
-            raise UserError(
-                f"{there[name].file}: tensor {name} has shape {there[name].shape}, config.json asks for {shape}"
-            )
-    return {name: there[name] for name in wanted}, left_out
-
-
-def _check_tied(folder: Path, there: Mapping[str, Entry]) -> None:
-    """An output layer that was saved although it is the embedding must be the embedding."""
-    first = next(
-        (there[name] for name in ("model.embed_tokens.weight", "transformer.wte.weight") if name in there), None
-    )
-    second = there["lm_head.weight"]
-    if first is None or first.shape != second.shape or not torch.equal(read(first), read(second)):
-        raise UserError(
-            f"{folder}: tensor lm_head.weight is not the embedding, and config.json has tie_word_embeddings=true"
-        )
 
 
 class LazyTensor(torch.Tensor):

@@ -79,11 +79,11 @@ class Plan:
 
     @property
     def buffer_bytes(self) -> int:
-        """Most that is held at a time besides the program itself: two chunks, one that is read and one that is written,
+        """Most that is held at a time besides the program itself: three chunks (one is read, one written, one hashed),
         the blocks that go to the disk, and DCP's index."""
         sizes = [(p.numel * self.tensors[p.name].dtype.itemsize, self.bytes_of(p)) for f in self.files for p in f]
         chunk = max((old + (new if self.dtype else 0) for old, new in sizes), default=0)
-        return 2 * chunk + 4 * BLOCK_BYTES + _BYTES_A_CHUNK * self.num_chunks
+        return 3 * chunk + 4 * BLOCK_BYTES + _BYTES_A_CHUNK * self.num_chunks
 
 
 def plan(

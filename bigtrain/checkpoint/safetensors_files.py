@@ -70,22 +70,26 @@ def read_header(file: Path) -> dict[str, Entry]:
     }
 
 
-def read(entry: Entry) -> torch.Tensor:
-    """The tensor. Raises UserError where the file is shorter than it was, or of a dtype that holds no weights."""
+def read(entry: Entry, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    """The tensor, or its rows [start, stop) alone. Raises UserError where the file is shorter than it was, or the dtype
+    holds no weights."""
     if entry.dtype is None:
         raise unfit_dtype(entry)
-    buffer = bytearray(entry.num_bytes)
+    start, stop = rows or (0, entry.shape[0] if entry.shape else 1)
+    shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+    bytes_a_row = prod(entry.shape[1:]) * entry.dtype.itemsize
+    buffer = bytearray((stop - start) * bytes_a_row)
     try:
         with entry.file.open("rb") as opened:
-            opened.seek(entry.start)
+            opened.seek(entry.start + start * bytes_a_row)
             got = opened.readinto(buffer)
     except OSError as error:
         raise UserError(f"{entry.file}: tensor {entry.name} cannot be read: {error.strerror}") from error
     if got != len(buffer):
         raise UserError(f"{entry.file}: it ends in tensor {entry.name}")
     if not buffer:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+        return torch.empty(shape, dtype=entry.dtype)
+    return torch.frombuffer(buffer, dtype=entry.dtype).view(shape)
 
 
 def unfit_dtype(entry: Entry) -> UserError:

@@ -1,9 +1,9 @@
 """DCP's writer, with what a checkpoint needs on top: a file a rank past the page cache, hashes, and the commit.
 
-torch's own keeps every tensor of a file in memory until the file is done, and writes through the page cache. Here one
-chunk is in the works at a time, and its elements are hashed on another thread meanwhile. What the ranks wrote reaches
-rank 0 with the results that DCP gathers anyway; it commits before DCP tells the others that all is well, so an error of
-any rank or of the commit is every rank's error.
+torch's own keeps every tensor of a file in memory until the file is done, and writes through the page cache. Here two
+chunks are in the works at most: one is written while another thread hashes it or the one before. What the ranks wrote
+reaches rank 0 with the results that DCP gathers anyway; it commits before DCP tells the others that all is well, so an
+error of any rank or of the commit is every rank's error.
 """
 
 # pyright: reportUnknownMemberType=false, reportPrivateImportUsage=false
@@ -12,6 +12,7 @@ any rank or of the commit is every rank's error.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future as Pending
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,13 +89,16 @@ class Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         sums: dict[str, int] = {}
+        hashing: list[tuple[str, Pending[int]]] = []
         files: dict[str, File] = {}
         for name, items in self._by_file(plan).items():
             file = DirectFile(folders.partial_of(self._root, self._step) / name)
             try:
                 with _no_zip_checksums(), ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
                     for item in items:
-                        results.append(self._write_item(item, planner, file, name, hasher, sums))
+                        results.append(self._write_item(item, planner, file, name, hasher, hashing))
+                        _add_up(sums, hashing, but_last=1)  # one more chunk at most stays in memory
+                    _add_up(sums, hashing)
                 files[name] = file.close()
             finally:
                 file.abandon()
@@ -118,7 +122,7 @@ class Writer(FileSystemWriter):
         file: DirectFile,
         file_name: str,
         hasher: ThreadPoolExecutor,
-        sums: dict[str, int],
+        hashing: list[tuple[str, Pending[int]]],
     ) -> WriteResult:
         name, start = item.index.fqn, file.tell()
         if item.type is WriteItemType.BYTE_IO:
@@ -126,9 +130,9 @@ class Writer(FileSystemWriter):
         if self._on_item is not None:
             self._on_item(name)
         chunk = _alone(cast("torch.Tensor", planner.resolve_data(item)))
-        added = hasher.submit(content_hash.of_rectangle, chunk, tuple(item.index.offset or (0,) * chunk.dim()))
+        offsets = tuple(item.index.offset or (0,) * chunk.dim())
+        hashing.append((name, hasher.submit(content_hash.of_rectangle, chunk, offsets)))
         torch.save(chunk, cast("IO[bytes]", file))
-        sums[name] = sums.get(name, 0) + added.result()
         length = file.tell() - start
         return WriteResult(item.index, length, _StorageInfo(file_name, start, length))
 
@@ -146,6 +150,13 @@ class Writer(FileSystemWriter):
         files = {name: file for each in written for name, file in each.files.items()}
         folder = folders.commit(self._root, self._step, self._state, self._files, tensors=tensors, written=files)
         self.saved = Saved(folder, sum(file.size_bytes for file in files.values()))
+
+
+def _add_up(sums: dict[str, int], hashing: list[tuple[str, Pending[int]]], but_last: int = 0) -> None:
+    """Wait for what is being hashed, but for the last ones."""
+    while len(hashing) > but_last:
+        name, added = hashing.pop(0)
+        sums[name] = sums.get(name, 0) + added.result()
 
 
 @contextmanager

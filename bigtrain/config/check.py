@@ -242,6 +242,18 @@ def _schedule(config: Config, world: int) -> Iterator[Problem]:
         yield Problem("schedule.decay_fraction", config.schedule.decay_fraction, message, "Lower one of the two")
 
 
+def _checkpoint(config: Config, world: int) -> Iterator[Problem]:
+    interval, every, best = config.checkpoint.interval, config.checkpoint.keep_every, config.checkpoint.keep_best
+    if every and (not interval or every % interval):
+        message = f"checkpoints are made every checkpoint.interval={interval} steps"
+        fix = _multiples("Set checkpoint.keep_every", every, interval) if interval else "Set checkpoint.interval"
+        yield Problem("checkpoint.keep_every", every, message, fix)
+    if best and (not config.eval.interval or interval % config.eval.interval):
+        message = f"the loss is measured every eval.interval={config.eval.interval} steps, not at each checkpoint"
+        fix = f"Set eval.interval={interval}, or a divisor of it"
+        yield Problem("checkpoint.keep_best", best, message, fix)
+
+
 def _cluster(config: Config, world: int) -> Iterator[Problem]:
     cluster = config.cluster
     if cluster.kind == "local" and cluster.num_nodes > 1:
@@ -269,6 +281,13 @@ def time_limit_minutes(text: str) -> int | None:
         hours, (minutes, seconds) = 0, (*fields, 0)[:2]
     total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
     return -(-total // 60) or None
+
+
+def _start(config: Config, world: int) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    if checkpoint.init_from and checkpoint.resume not in ("auto", "never"):
+        message = f"a run starts from weights, or goes on from checkpoint.resume={checkpoint.resume}, not both"
+        yield Problem("checkpoint.init_from", checkpoint.init_from, message, "Leave one of them out")
 
 
 _Rule = Callable[[Config, int], Iterator[Problem]]
@@ -311,7 +330,9 @@ _RULES: tuple[tuple[tuple[str, ...], _Rule], ...] = (
         ),
         _schedule,
     ),
+    (("checkpoint.interval", "checkpoint.keep_every", "checkpoint.keep_best", "eval.interval"), _checkpoint),
     ((), data_problems),
+    ((), _start),
     ((), _cluster),
 )
 

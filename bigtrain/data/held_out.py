@@ -73,12 +73,9 @@ class HeldOut:
             raise UserError(f"{bad} It is evaluated, so it cannot be skipped. See tools/shards.py verify.") from bad
 
     def predicted_tokens(self) -> np.ndarray:
-        """int64[n]: every token that the evaluation predicts: targets but padding and first tokens of documents."""
-        parts: list[np.ndarray] = []
-        for number in range(self.num_sequences):
-            window = self.sequence(number)
-            targets, starts = window.tokens[1 : window.num_tokens], window.starts[1 : window.num_tokens]
-            parts.append(targets[~starts])
+        """int64[n]: every token that the evaluation predicts: no first token of a document, prompt or padding."""
+        windows = map(self.sequence, range(self.num_sequences))
+        parts = [window.tokens[window.predicted] for window in windows]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
@@ -86,10 +83,11 @@ def held_out(
     data: DataConfig, *, sequence_length: int, max_sequences: int | None = None, tokenizer: Tokenizer | None = None
 ) -> dict[str, HeldOut]:
     """The held-out sequences of each evaluation set of data.valid by its name ("": the only one, without a name), at
-    most `max_sequences` of each. Raises UserError for data that are missing, of another tokenizer, or too few."""
+    most `max_sequences` of each. Raises UserError for data that are missing, too few, or of a tokenizer whose ids mean
+    something else than those of `tokenizer`."""
     sets = evaluation_sets.by_name(data.valid)
     paths = list(dict.fromkeys(source.path for source in data.valid))
-    opened = shards.open_all(paths, what="data.valid", tokenizer=tokenizer, places=Places.of(data))
+    opened = shards.open_all(paths, what="data.valid", tokenizer=tokenizer, places=Places.of(data), by_meaning=True)
     of_path = dict(zip(paths, opened, strict=True))
     return {
         name: HeldOut(

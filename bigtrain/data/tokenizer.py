@@ -71,11 +71,12 @@ class Tokenizer(ABC):
         self._names = {token: special for special, token in specials.items()}
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> Tokenizer:
+    def load(path: str | os.PathLike[str], *, first: str = "") -> Tokenizer:
         """The tokenizer at `path`: its file, or a folder with one in it (of shards, a checkpoint, a Hugging Face
-        model). Raises UserError where there is none, or it is unfit."""
+        model); of several in a folder the one of the kind `first`. Raises UserError where there is none, or several and
+        none of that kind, or it is unfit."""
         try:
-            file = _file_at(Path(path))
+            file = _file_at(Path(path), first)
             return read_from(lambda name: (file.parent / name).read_bytes(), file.name, str(file))
         except OSError as error:
             raise UserError(f"tokenizer {path}: {error.strerror}. Train one with tools/tokenizer.py.") from error
@@ -84,6 +85,12 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """Shards and checkpoints name their tokenizer by it (hex)."""
         return fingerprint_of(digests_of(self.files))
+
+    def means_the_same(self, other: Tokenizer) -> bool:
+        """Whether each id stands for the same bytes, and the same ids begin and end a document: then text in tokens of
+        the one is the same text to the other, which may cut it in other places."""
+        ends = (self.bos_id, self.eos_id) == (other.bos_id, other.eos_id)
+        return ends and self._bytes == other._bytes and set(self._names) == set(other._names)
 
     def save(self, folder: Path) -> list[Path]:
         """Write its files, by their proper names; returns where they are."""
@@ -224,9 +231,11 @@ def empty_table(largest_id: int, name: str) -> list[bytes]:
     return [b""] * (largest_id + 1)
 
 
-def _file_at(path: Path) -> Path:
+def _file_at(path: Path, first: str) -> Path:
     if not path.is_dir():
         return path
+    if first and (path / first).is_file():
+        return path / first
     there = [path / name for name in (SENTENCEPIECE, HUGGING_FACE, TIKTOKEN) if (path / name).is_file()]
     if len(there) == 1:
         return there[0]

@@ -9,7 +9,7 @@ neither knows the layout.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 
@@ -64,6 +64,15 @@ class Shard:
             blocks = (Block(0, 0, local_shape[dim]),)
         shape = tuple(n * size if i == dim else n for i, n in enumerate(local_shape))
         return Shard(name, shape, dim, blocks)
+
+    def first_rows(self, count: int) -> Shard:
+        """The same of a global tensor that ends after `count` rows: what is left of the local one is its first rows, or
+        nothing. Raises ValueError for a shard that is not one block of rows."""
+        if self.dim != 0 or len(self.blocks) != 1:
+            raise ValueError(f"{self.name}: not one block of rows")
+        (block,) = self.blocks
+        kept = replace(block, length=max(0, min(block.length, count - block.start)))
+        return replace(self, global_shape=(count, *self.global_shape[1:]), blocks=(kept,))
 
     @property
     def local_shape(self) -> tuple[int, ...]:

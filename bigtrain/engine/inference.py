@@ -21,9 +21,10 @@ from bigtrain.distributed.start import Runtime, start
 from bigtrain.engine.engine import LossSum
 from bigtrain.engine.open_model import OpenModel
 from bigtrain.model.attention import boundaries_of
-from bigtrain.model.build import Decoder, build, shards_of
+from bigtrain.model.build import VOCABULARY, Decoder, build, shards_of
 from bigtrain.model.cache import KeyValueCache
 from bigtrain.model.sampling import choose
+from bigtrain.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -44,26 +45,35 @@ class Loaded:
 
 def load(opened: OpenModel, *, tensor: int = 1, device: str = "auto", dtype: str = "fp32") -> Loaded:
     """The model with its weights in `dtype`. `tensor`: ranks that share each weight; what is left of the world are data
-    ranks. Collective. Raises UserError where the checkpoint is damaged."""
+    ranks. Collective. Raises UserError where the checkpoint is damaged.
+
+    A vocabulary that the ranks do not divide is padded; padding, this or what the model came with, is never chosen and
+    takes nothing from the probability of tokens."""
     config = Config(
-        model=opened.model,
+        model=opened.padded(tensor),
         parallel=ParallelConfig(tensor=tensor, zero_stage=0),
         precision=PrecisionConfig(dtype=dtype),
     )
     runtime = start(replace(config, cluster=replace(config.cluster, device=device)))
     (decoder,) = build(config, runtime)
     decoder.to(runtime.device).eval()
-    topology = runtime.topology
-    opened.read(
-        Fragment(
-            shard,
-            0,
-            {"weight": parameter.data.view(-1)},
-            owned=topology.data_rank == 0 and (shard.dim is not None or topology.tensor_rank == 0),
-        )
-        for shard, parameter in shards_of(decoder, topology)
-    )
+    opened.read(list(_fragments(decoder, runtime.topology, opened.model)))
+    if opened.num_tokens < config.model.vocab_size:
+        decoder.num_tokens = opened.num_tokens
     return Loaded(decoder, opened.tokenizer, opened.model, opened.step, runtime)
+
+
+def _fragments(decoder: Decoder, topology: Topology, model: ModelConfig) -> Iterator[Fragment]:
+    """This rank's weights; of a vocabulary that was padded the rows that `model` has. The others become 0. Each
+    element is owned by one rank, so that the whole of a weight is checked once."""
+    for shard, parameter in shards_of(decoder, topology):
+        flat = parameter.data.view(-1)
+        if shard.name in VOCABULARY and shard.global_shape[0] > model.vocab_size:
+            shard = shard.first_rows(model.vocab_size)
+            flat[shard.numel :] = 0.0
+            flat = flat[: shard.numel]
+        owned = topology.data_rank == 0 and (shard.dim is not None or topology.tensor_rank == 0)
+        yield Fragment(shard, 0, {"weight": flat}, owned)
 
 
 @dataclass(frozen=True)

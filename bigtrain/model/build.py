@@ -44,10 +44,15 @@ class Decoder(GPTModel):
 
     copies_embedding = False
     """Its output layer is a copy of the word embedding that another stage holds."""
+    num_tokens: int | None = None
+    """Rows of the vocabulary that stand for tokens, where the others are padding: those then get no probability. In
+    training they get what they learn."""
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in nats, fp32 [B, S], of `labels` [B, S] under `logits` [S, B, V / tensor]."""
-        if self.pg_collection.tp.size() > 1:
+        tensor = self.pg_collection.tp
+        self._hide_padding(logits, first_row=tensor.rank() * logits.shape[-1])
+        if tensor.size() > 1:
             return super().compute_language_model_loss(labels, logits)
         labels_SB = labels.transpose(0, 1)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels_SB.flatten(), reduction="none")
@@ -65,7 +70,13 @@ class Decoder(GPTModel):
         """fp32 [N, V] of some of the places of `hidden`, the same on every tensor rank. Collective."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits_N1V, _ = self.output_layer(hidden_NH[:, None], weight=weight, runtime_gather_output=True)
+        self._hide_padding(logits_N1V, first_row=0)
         return logits_N1V[:, 0].float()
+
+    def _hide_padding(self, logits: torch.Tensor, *, first_row: int) -> None:
+        """In place. `first_row`: of the vocabulary that the last dimension begins with."""
+        if self.num_tokens is not None:
+            logits[..., max(self.num_tokens - first_row, 0) :] = -torch.inf
 
 
 class FeedForward(MLP):
@@ -229,6 +240,8 @@ def _split_dimension(module: torch.nn.Module, field: str) -> int | None:
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
+VOCABULARY = (EMBEDDING, "output_layer.weight")
+"""Weights that have a row a token."""
 
 
 def _global_name(chunk: Decoder, name: str) -> str:

@@ -16,9 +16,12 @@ import torch.nn.functional as F
 @lru_cache(maxsize=4)
 def rotary_table(length: int, width: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of position x frequency, fp32 [length, width / 2] each (RoFormer, https://arxiv.org/abs/2104.09864)."""
-    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    with torch.inference_mode(
+        False
+    ):  # it is kept, and a training step in the same process may save it for its backward
+        frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+        return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 class Rotate(torch.autograd.Function):

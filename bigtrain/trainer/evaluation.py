@@ -68,7 +68,7 @@ class HeldOutSets:
             raise UserError(f"sequence_length={length}: the model has learned positions for {positions} tokens only")
         sources = evaluation_sets.parse(data) if data else of_run.data.valid
         if not sources:
-            raise UserError(f"data=... is missing: {opened.folder} is of a run that evaluated nothing")
+            raise UserError(f"data=... is missing: {opened.folder} names none. Give a folder of shards to measure on.")
         settings = DataConfig(train=sources, valid=sources, cache=of_run.data.cache, remote=of_run.data.remote)
         _refuse_bad(settings)
         wanted: int | None = sequences_of_evaluation(of_run)

@@ -95,6 +95,7 @@ def fit(
         if told:  # nothing comes before the save: who stops us may not wait
             ledger.sync()
             saver.save(engine, position.step, position.cursor)
+            recorder.saved(saver.wait())
         if ending or due(position.step, config.eval.interval):
             for name, evaluator in evaluators.items():
                 record = evaluator.evaluate(engine).as_record()

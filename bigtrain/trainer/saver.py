@@ -8,7 +8,7 @@ does the end of the run. A save that fails leaves the checkpoints before it as t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -32,6 +32,8 @@ from bigtrain.engine.engine import Engine
 from bigtrain.trainer import peers
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
+ORIGIN = ("init_from", "imported")
+"""Keys of state.json: where the run's first weights came from, and what an import of them wrote down."""
 
 
 @dataclass(frozen=True)
@@ -122,18 +124,24 @@ class Saver:
                 self.fallbacks.append(Fallback(self._set_aside(folder), str(error)))
         raise ValueError("no checkpoint to load was named")
 
-    def load_weights(self, engine: Engine, folder: Path) -> None:
-        """Fill the weights of a fresh `engine` from any checkpoint of this model: imported, or of another run. Its
-        step, moments and data stay its own. Collective. Raises UserError where it is of another model or format."""
-        store.load_weights(folder, engine_state.fragments(engine))
+    def load_weights(
+        self, engine: Engine, read: Callable[[list[Fragment]], object], *, origin: Mapping[str, Any] | None = None
+    ) -> None:
+        """Fill only the weights of a fresh `engine`, by `read` (`OpenModel.read`). Its step, moments and data stay its
+        own, and its checkpoints say where the weights came from (`origin`: keys of ORIGIN). Collective.
+
+        Raises UserError where they are of another model."""
+        every = engine_state.fragments(engine)
+        read([replace(each, tensors={"weight": each.tensors["weight"]}) for each in every])
         engine_state.after_load(engine, adam_step=0)
+        self._carried = dict(origin or {})
 
     def _load(self, engine: Engine, folder: Path) -> tuple[int, Cursor]:
         state = store.load(folder, engine_state.fragments(engine))
         engine_state.after_load(engine, adam_step=state["adam_step"])
         engine.steps_taken = state["step"]
         engine.loss_scale = replace(engine.loss_scale, **state["loss_scale"])
-        self._carried = {name: state[name] for name in ("imported",) if name in state}
+        self._carried = {name: state[name] for name in ORIGIN if name in state}
         return state["step"], Cursor.from_dict(state["cursor"])
 
     def _set_aside(self, folder: Path) -> Path:
@@ -193,7 +201,7 @@ def checkpoints_to_resume(config: Config, run_dir: Path) -> list[Path]:
         try:
             found[0] = folders.committed(run_dir / "checkpoints")[::-1]
             if not found[0] and config.checkpoint.resume not in ("auto", "never"):
-                found[0] = [folders.resolve(Path(config.checkpoint.resume))]
+                found[0] = folders.candidates(Path(config.checkpoint.resume))
         except UserError as error:
             found[0] = str(error)
     dist.broadcast_object_list(found)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 from tests import oracle
 from tests.distributed import small
@@ -157,6 +156,7 @@ def test_tensor_ranks_write_what_one_process_writes(pool: PoolFactory, name: str
 
 def saved(config: Any, root: Path) -> None:
     """On a rank: a checkpoint of the initial weights, as the trainer writes it."""
+    from bigtrain.checkpoint import folder as folders
     from bigtrain.checkpoint import store
     from bigtrain.data import tokenizer_training as training
     from bigtrain.distributed.start import start
@@ -165,7 +165,7 @@ def saved(config: Any, root: Path) -> None:
 
     engine = Engine(config, start(config))
     model = training.train(["def f(x):\n    return x + 1\n"] * 20, vocab_size=290)
-    known = {"format": 1, "step": 1, "config": {"model": asdict(config.model)}}
+    known = {"format": folders.FORMAT, "step": 1, "config": {"model": asdict(config.model)}}
     store.save(root, 1, state.fragments(engine), known, files={"tokenizer.model": model})
 
 
@@ -215,14 +215,62 @@ def test_a_checkpoint_of_one_layout_is_asked_in_others(pool: PoolFactory, tmp_pa
 
 
 def test_a_model_that_does_not_divide_is_refused(pool: PoolFactory, tmp_path: Path) -> None:
-    pool(1).run(saved, small.config(replace(LOUD, num_layers=1, vocab_size=291), zero_stage=1), tmp_path)
-    with pytest.raises(RankError, match=r"tensor=2: the model does not divide .* \(model.vocab_size=291\)"):
+    pool(1).run(saved, small.config(replace(LOUD, num_layers=1, num_query_groups=1), zero_stage=1), tmp_path)
+    with pytest.raises(RankError, match=r"tensor=2: the model does not divide .* \(model.num_query_groups=1\)"):
         pool(2).run(asked_of_checkpoint, tmp_path, 2)
 
 
-def test_a_hugging_face_folder_is_not_read_yet(tmp_path: Path) -> None:
-    from bigtrain.engine.open_model import open_model
+def test_a_vocabulary_that_does_not_divide_is_padded(pool: PoolFactory, tmp_path: Path) -> None:
+    """The second rank has a row that is no token."""
+    pool(1).run(saved, small.config(replace(LOUD, vocab_size=293), zero_stage=1), tmp_path)
+    texts, _, scores, loss = pool(1).run(asked_of_checkpoint, tmp_path, 1)[0]
+    for shared_texts, _, shared_scores, shared_loss in pool(2).run(asked_of_checkpoint, tmp_path, 2):
+        assert shared_texts == texts
+        assert [each[0] for each in shared_scores] == pytest.approx([each[0] for each in scores], rel=1e-5)
+        assert shared_loss == pytest.approx(loss, rel=1e-6)
 
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"this is a Hugging Face model .* does not read those yet"):
-        open_model(tmp_path)
+
+HUGGING_FACE = {
+    "llama, gqa, untied": replace(LOUD, num_layers=2, vocab_size=293),
+    "llama, biases, tied": replace(LOUD, num_layers=2, vocab_size=293, bias=True, tie_embeddings=True),
+    "gpt-2, tied": replace(MODELS["learned, tied (gpt-2)"], vocab_size=293),
+}
+
+
+def hugging_face_folder(folder: Path, model: ModelConfig) -> Any:
+    """What Transformers saved in several files, with random biases and norms, and a tokenizer. Returns its model."""
+    from bigtrain.data import tokenizer_training as training
+    from bigtrain.data.hf_files import hf_files
+    from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    hf: Any = oracle.build(model)
+    generator = torch.Generator().manual_seed(13)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
+    hf.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    trained = SentencePieceTokenizer(training.train(["def f(x):\n    return x + 1\n"] * 20, vocab_size=290))
+    for name, content in hf_files(trained).items():
+        (folder / name).write_bytes(content)
+    return hf.eval()
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_hugging_face_folder_is_asked_as_it_lies_there(pool: PoolFactory, name: str, tmp_path: Path) -> None:
+    """Alone, and on two ranks that do not divide its vocabulary: what Transformers says of the same folder."""
+    hf = hugging_face_folder(tmp_path, HUGGING_FACE[name])
+    texts, whole, scores, loss = pool(1).run(asked_of_checkpoint, tmp_path, 1)[0]
+    for shared_texts, held, shared_scores, shared_loss in pool(2).run(asked_of_checkpoint, tmp_path, 2):
+        assert shared_texts == texts
+        assert [each[0] for each in shared_scores] == pytest.approx([each[0] for each in scores], rel=1e-5)
+        assert shared_loss == pytest.approx(loss, rel=1e-6)
+        assert whole / 2 < held < whole * 0.55, "norms and learned positions alone are held twice"
+    with torch.no_grad():
+        for prompt, (found, _) in zip(prompts(200)[1:], scores, strict=False):
+            logs = hf(torch.tensor([prompt])).logits[0].log_softmax(-1)
+            expected = sum(logs[place, token].item() for place, token in enumerate(prompt[1:]))
+            assert found == pytest.approx(expected, rel=1e-5)
+        batches: list[Any] = list(small.global_batch(0))
+        assert loss[0] == pytest.approx(sum(float(oracle.loss_sum(hf, batch)) for batch in batches) / loss[1], rel=1e-5)
+    assert len({token for text in texts for token in text}) > 4

@@ -14,10 +14,13 @@ import pytest
 
 from bigtrain.config.schema import EvalConfig, SourceConfig
 from tests.integration.runs import DEADLINE_S, LAYOUTS, build_shards, config_of, records, run_well
+from tests.unit.data.conftest import load_tool
 
 pytestmark = pytest.mark.slow
 FIELDS = ("loss", "perplexity", "bits_per_byte")
 STEPS = 6
+BATCHES, TOKENS = 5, 5 * 8 * 64
+"""Global batches of an evaluation, and the tokens in them."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def run_of(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
                 config,
                 train=replace(config.train, num_steps=STEPS),
                 data=replace(config.data, valid=sets),
-                eval=EvalConfig(interval=0, num_batches=5),
+                eval=EvalConfig(interval=0, num_batches=BATCHES),
             )
             made[layout] = run_well(config)
         return made[layout]
@@ -75,6 +78,25 @@ def test_the_numbers_are_those_of_the_run(run_of: Callable[[str], Path], layout:
         assert [each["set"] for each in found] == ["held-out", "seen"]
         for mine, its in zip(found, expected, strict=True):
             assert [mine[key] for key in FIELDS] == pytest.approx([its[key] for key in FIELDS], rel=1e-5)
+
+
+def test_the_export_and_its_import_have_the_numbers_of_the_run(
+    run_of: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:
+    folder, tool = run_of("zero3-tensor2"), load_tool("checkpoint").main
+    theirs, again = tmp_path / "hf", tmp_path / "imported"
+    assert tool(["export-hf", str(folder), str(theirs)]) == 0
+    assert tool(["import-hf", str(theirs), str(again), "--vocab-multiple", "100"]) == 0
+    expected = [[each[key] for key in FIELDS] for each in records(folder, "eval")]
+    asked = [
+        f"data={{held-out: {data / 'valid'}, seen: {data / 'train'}}}",
+        "sequence_length=64",
+        f"num_tokens={TOKENS}",
+    ]
+    for place, tensor in ((theirs, 2), (again, 1)):
+        found = evaluated(place, tmp_path / f"{tensor}.jsonl", *asked, f"tensor={tensor}")
+        for mine, its in zip(found, expected, strict=True):
+            assert [mine[key] for key in FIELDS] == pytest.approx(its, rel=1e-5)
 
 
 def test_a_folder_and_how_much_of_it(run_of: Callable[[str], Path], data: Path, tmp_path: Path) -> None:

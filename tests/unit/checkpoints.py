@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bigtrain.checkpoint import folder as folders
-from bigtrain.checkpoint import store
+from bigtrain.checkpoint import manifest, store
 from bigtrain.checkpoint.hf_names import our_shapes
 from bigtrain.config.schema import ModelConfig
 from tests.unit.data.conftest import load_tool
@@ -66,3 +68,15 @@ def place_of(folder: Path, name: str) -> tuple[Path, int]:
         if (at := file.read_bytes().find(numbers)) >= 0:
             return file, at
     raise AssertionError(f"{name} is in no file of {folder}")
+
+
+def commit_again(folder: Path, change: Callable[[dict[str, dict[str, dict[str, object]]]], None] | None = None) -> None:
+    """Make the manifest true of the files as they are, so that only what the tensors tell is wrong."""
+    fields = json.loads((folder / manifest.MANIFEST).read_bytes())
+    for name in fields["files"]:
+        fields["files"][name] = vars(manifest.file_of(folder / name))
+    if change:
+        change(fields)
+    content = json.dumps(fields).encode()
+    (folder / manifest.MANIFEST).write_bytes(content)
+    (folder / manifest.COMMITTED).write_text(manifest.hash_of(content))

@@ -60,7 +60,7 @@ def test_without_a_tokenizer(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export-hf", "nowhere", "x"], "checkpoint nowhere: no committed checkpoint"),
+        (["export-hf", "nowhere", "x"], "checkpoint nowhere: there is no such folder"),
         (["export-hf", "step-00000001", "x"], "checkpoint step-00000001: there is no such folder"),
         (["import-hf", "nowhere", "x"], "nowhere: there is no such folder"),
     ],

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from bigtrain.checkpoint.describe import INDEX
 from bigtrain.checkpoint.reader import read_index, tensors_in
 from bigtrain.checkpoint.stored import Chunk
 from bigtrain.checkpoint.verify import uncovered, verify
-from tests.unit.checkpoints import flip, main, place_of, save, tensors
+from tests.unit.checkpoints import commit_again, flip, main, place_of, save, tensors
 
 EMBEDDING = "weight.embedding.word_embeddings.weight"
 
@@ -33,18 +31,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(saved: Path, tmp_path: Path) -> Path:
     """A copy that may be broken."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoints" / saved.name))
-
-
-def commit_again(folder: Path, change: Callable[[dict[str, dict[str, dict[str, object]]]], None] | None = None) -> None:
-    """Make the manifest true of the files as they are, so that only what the tensors tell is wrong."""
-    fields = json.loads((folder / manifest.MANIFEST).read_bytes())
-    for name in fields["files"]:
-        fields["files"][name] = vars(manifest.file_of(folder / name))
-    if change:
-        change(fields)
-    content = json.dumps(fields).encode()
-    (folder / manifest.MANIFEST).write_bytes(content)
-    (folder / manifest.COMMITTED).write_text(manifest.hash_of(content))
 
 
 def test_one_that_is_whole(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

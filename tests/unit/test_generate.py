@@ -24,6 +24,7 @@ from bigtrain.engine.inference import Loaded, Sampling
 from bigtrain.engine.prompts import Prompt, read_prompts
 from bigtrain.engine.writing import Shown, Writer
 from bigtrain.generate import Arguments, main, parse
+from bigtrain.model.pointwise import rotary_table
 from bigtrain.topology import Topology
 
 MORE_ROWS = 5
@@ -247,3 +248,9 @@ def test_mistakes_and_help_need_no_torch() -> None:
                 f"import sys; from bigtrain.{command} import main; main({arguments}); sys.exit('torch' in sys.modules)"
             )
             assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_process_may_train_after_it_generated() -> None:
+    """Tables that are kept are no inference tensors, which no backward takes."""
+    with torch.inference_mode():
+        assert not any(table.is_inference() for table in rotary_table(13, 8, 1e4, torch.device("cpu")))

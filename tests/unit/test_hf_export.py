@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from bigtrain.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from bigtrain.data.tokenizer_training import train
 from bigtrain.distributed.start import stop
 from bigtrain.engine import inference
+from bigtrain.engine.open_model import open_model
 from tests import oracle
 from tests.unit.data.conftest import make_texts
 from tests.unit.hf_models import GPT2, LLAMA, logits, params, weights, write
@@ -39,7 +42,7 @@ def tokenizer() -> SentencePieceTokenizer:
 def loaded(model: ModelConfig, tokenizer: SentencePieceTokenizer, tmp_path: Path) -> Iterator[inference.Loaded]:
     """Our own model of the checkpoint that is exported, at tmp_path / "run"."""
     write(tmp_path / "run", model, weights(model), files=tokenizer.files)
-    yield inference.load(tmp_path / "run", device="cpu")
+    yield inference.load(open_model(tmp_path / "run"), device="cpu")
     stop()
 
 
@@ -63,8 +66,10 @@ def test_logits_and_greedy_text_are_the_same(
     torch.testing.assert_close(logits(tmp_path / "hf", tokens_BS), ours, rtol=1e-5, atol=1e-5)
 
     prompt = "def return"
-    options = {"max_tokens": 20, "temperature": 0.0, "top_k": 0, "seed": 0}
-    our_ids = list(inference.continue_text(loaded, prompt, **options))
+    text = inference.Text.of([tokenizer.bos_id, *tokenizer.encode(prompt)], seed=0, number=0)
+    for _ in inference.go_on(loaded, [text], max_tokens=20, sampling=inference.Sampling()):
+        pass
+    our_ids = text.ids
     theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     inputs = AutoTokenizer.from_pretrained(tmp_path / "hf")(prompt, return_tensors="pt")
     found = theirs.generate(**inputs, do_sample=False, max_new_tokens=20, pad_token_id=3)[0]
@@ -175,6 +180,25 @@ def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
     assert list((tmp_path / "hf").iterdir()) == []
 
 
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path) -> None:
+    """Unless it may be written at this moment: by a living process, or on another machine."""
+    write(tmp_path / "run", LLAMA, weights(LLAMA))
+    host, ended = socket.gethostname(), subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    gone = [f".hf.{host}.{ended.pid}.partial", f".hf.{host}.99999999999999999999.partial"]
+    kept = [
+        f".hf.{host}.{os.getppid()}.partial",
+        f".hf.elsewhere.{ended.pid}.partial",
+        f".other.{host}.{ended.pid}.partial",
+        f".hf.{host}.x.partial",
+    ]
+    for name in gone + kept:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    export(tmp_path / "run", tmp_path / "hf", text=Text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "hf", "run"])
+
+
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = weights(LLAMA)
     tensors["decoder.final_layernorm.weight"][3] = 1e6
@@ -267,6 +291,6 @@ def test_memory_is_a_few_tensors(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     imported, exported = map(int, done.stdout.split())
-    assert total > 15 * largest
-    assert 0 < imported < 5 * largest and exported < 5 * largest, f"{imported=} {exported=} {largest=} {total=}"
+    assert total > 25 * largest
+    assert 0 < imported < 8 * largest and exported < 8 * largest, f"{imported=} {exported=} {largest=} {total=}"
     assert (tmp_path / "big.hf" / "model.safetensors").stat().st_size == pytest.approx(total, abs=20_000)

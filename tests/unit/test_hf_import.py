@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import hf_config, store
 from bigtrain.checkpoint.hf_export import Text, export
-from bigtrain.checkpoint.hf_import import PRESET, import_folder, load_settings
+from bigtrain.checkpoint.hf_folder import load_settings
+from bigtrain.checkpoint.hf_import import PRESET, import_folder
 from bigtrain.checkpoint.reader import tensors_in
 from bigtrain.checkpoint.slices import Fragment
 from bigtrain.config.errors import UserError
@@ -298,7 +299,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "there" / "config.json").write_text("{")
     refused(tmp_path, "config.json: it is no JSON")
     (tmp_path / "there" / "config.json").unlink()
-    refused(tmp_path, "config.json: No such file")
+    refused(tmp_path, "there is no config.json in it, so it is no Hugging Face folder")
 
 
 @pytest.mark.parametrize(

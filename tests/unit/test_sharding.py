@@ -55,3 +55,17 @@ def test_only_rows_are_stacked() -> None:
 def test_three_dimensions_are_refused() -> None:
     with pytest.raises(ValueError, match="w: elements"):
         list(Shard.of("w", (2, 2, 2), dim=None, rank=0, size=1).rectangles())
+
+
+def test_the_first_rows_of_a_shard() -> None:
+    """293 rows on three ranks, padded to 294: the last rank has one row less, and of 99 rows none."""
+    shards = [Shard.of("embedding", (98, 4), dim=0, rank=rank, size=3) for rank in range(3)]
+    kept = [shard.first_rows(293) for shard in shards]
+    assert [shard.local_shape for shard in kept] == [(98, 4), (98, 4), (97, 4)]
+    assert all(shard.global_shape == (293, 4) for shard in kept)
+    assert [(r.offsets, r.sizes) for r in kept[2].rectangles()] == [((196, 0), (97, 4))]
+    assert [shard.first_rows(99).numel for shard in shards] == [392, 4, 0]
+    assert list(shards[2].first_rows(99).rectangles()) == []
+    for other in (Shard.of("x", (4, 4), dim=1, rank=0, size=2), Shard.of("x", (4,), dim=None, rank=0, size=2)):
+        with pytest.raises(ValueError, match="not one block of rows"):
+            other.first_rows(3)

@@ -49,6 +49,10 @@ def test_a_sound_config_has_no_problem() -> None:
     ("changes", "key", "says"),
     [
         ({"parallel__tensor": 3}, "parallel.tensor", "4 ranks"),
+        ({"checkpoint__keep_every": 250}, "checkpoint.keep_every", "every checkpoint.interval=100 steps"),
+        ({"checkpoint__keep_every": 5, "checkpoint__interval": 0}, "checkpoint.keep_every", "interval=0"),
+        ({"checkpoint__keep_best": 1, "eval__interval": 0}, "checkpoint.keep_best", "every eval.interval=0 steps"),
+        ({"checkpoint__keep_best": 1, "eval__interval": 150}, "checkpoint.keep_best", "not at each checkpoint"),
         ({"parallel__pipeline": 3}, "parallel.pipeline", "do not divide into tensor 1 x pipeline 3"),
         ({"parallel__pipeline": 2, "model__num_layers": 1}, "parallel.pipeline", "the model has 1"),
         (
@@ -131,6 +135,7 @@ def test_a_sound_config_has_no_problem() -> None:
             "no source has a weight above 0 from token 900 on",
         ),
         ({"data__prepare": PrepareConfig(inputs=["*.py"])}, "data.prepare.out", "empty"),
+        ({"data__prepare": PrepareConfig(prompt_field="text")}, "data.prepare.prompt_field", "field of the text too"),
         ({"data__prepare": PrepareConfig(inputs=["*.py"], out="s3://b/x")}, "data.prepare.out", "built on a disk"),
         (
             {"data__prepare": PrepareConfig(inputs=["*.py"], out="out"), "model__vocab_size": 2048},

@@ -35,6 +35,9 @@ class Log:
 
     done: list[tuple[Any, ...]] = field(default_factory=list)
     stop_at: int | None = None
+    losses: list[float | None] = field(default_factory=list)
+    under_way: list[str] = field(default_factory=list)
+    durable: list[str] = field(default_factory=list)
     runtime: Any = None
 
     def forward_backward(self, microbatches: Any) -> LossSum:
@@ -48,9 +51,21 @@ class Log:
     def evaluate(self, engine: Any) -> Any:
         return SimpleNamespace(as_record=lambda: {"loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0})
 
-    def save(self, engine: Any, step: int, cursor: Cursor) -> float:
+    def save(self, engine: Any, step: int, cursor: Cursor, loss: float | None = None) -> None:
         self.done.append(("save", step, cursor.num_sequences))
-        return 0.1
+        self.losses.append(loss)
+        self.under_way.append(f"save of {step}")
+
+    def finished(self) -> list[str]:
+        """A save takes until the step after it."""
+        return [self.under_way.pop(0)] if len(self.under_way) > 1 else []
+
+    def wait(self) -> list[str]:
+        left, self.under_way = self.under_way, []
+        return left
+
+    def saved(self, saves: list[str]) -> None:
+        self.durable += saves
 
     def train(self, step: int, **fields: Any) -> None:
         self.done.append(("train", step, fields))
@@ -123,6 +138,18 @@ def test_a_run_evaluates_and_saves_when_due_and_at_the_end() -> None:
 def test_what_is_saved_is_the_place_after_the_step() -> None:
     log, _ = run(CONFIG)
     assert [entry[1:] for entry in log.done if entry[0] == "save"] == [(3, 12), (6, 24), (9, 36), (10, 40)]
+
+
+def test_saves_are_recorded_when_they_are_durable_and_the_end_waits_for_the_last() -> None:
+    log, _ = run(CONFIG)
+    assert log.durable == ["save of 3", "save of 6", "save of 9", "save of 10"]
+    log, _ = run(CONFIG, stop_at=5)
+    assert log.durable == ["save of 3", "save of 5"]
+
+
+def test_a_checkpoint_notes_the_loss_that_was_measured_at_its_step() -> None:
+    log, _ = run(replace(CONFIG, checkpoint=CheckpointConfig(interval=2)))
+    assert log.losses == [None, 1.0, None, 1.0, 1.0]
 
 
 def test_the_order_in_a_step() -> None:

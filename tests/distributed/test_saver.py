@@ -1,0 +1,199 @@
+"""Saving behind the training, and going on from the newest checkpoint that is whole."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigtrain.config.schema import CheckpointConfig, Config
+from tests.distributed import small
+from tests.distributed.harness import PoolFactory, RankError
+
+
+def config(**checkpoint: Any) -> Config:
+    return replace(small.config(zero_stage=3), checkpoint=CheckpointConfig(**checkpoint))
+
+
+def started(config: Config, run_dir: Path) -> tuple[Any, Any]:
+    """On a rank: an engine and its saver."""
+    from bigtrain.distributed.start import start
+    from bigtrain.engine.engine import Engine
+    from bigtrain.trainer.saver import Saver
+
+    return Engine(config, start(config)), Saver(config, run_dir, {"tokenizer.model": b"t"})
+
+
+def cursor_at(step: int) -> Any:
+    from bigtrain.data.mixture import Mixture, Stage
+    from bigtrain.data.order import Cursor
+
+    return Cursor(small.GLOBAL_BATCH * step, "order", Mixture([Stage(0, {"data": Fraction(1)})], 8))
+
+
+def take_steps(engine: Any, first: int, count: int) -> list[float]:
+    losses = []
+    for step in range(first, first + count):
+        loss = engine.forward_backward(small.share_of(small.global_batch(step), engine.runtime.topology))
+        engine.optimizer_step(1e-3)
+        losses.append(loss.mean.item())
+    return losses
+
+
+def weights_of(engine: Any) -> small.Pieces:
+    from bigtrain.engine import state
+
+    return small.pieces(state.fragments(engine), "weight")
+
+
+def slow_save(store: Any, seconds: float) -> None:
+    """Every save takes this much longer from here on."""
+    save = store.save
+
+    def later(*arguments: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return save(*arguments, **options)
+
+    store.save = later
+
+
+def save_and_go_on(config: Config, run_dir: Path) -> tuple[small.Pieces, list[Any], float, list[str]]:
+    """On a rank: the weights when the save was called, how saves ended, seconds that the first two calls took, and what
+    was there to be seen meanwhile."""
+    from bigtrain.checkpoint import folder, store
+
+    engine, saver = started(config, run_dir)
+    take_steps(engine, 0, 2)
+    saved = weights_of(engine)
+    original = store.save
+    slow_save(store, 1.0)
+    try:
+        saver.save(engine, 2, cursor_at(2), loss=1.5)
+        seen = [f"{len(saver.finished())} finished", f"{len(folder.committed(saver.root))} committed"]
+        take_steps(engine, 2, 1)
+        begin = time.perf_counter()
+        saver.save(engine, 3, cursor_at(3))
+        waited = time.perf_counter() - begin
+        seen.append(f"{len(saver.finished())} finished")
+        ends = saver.wait()
+    finally:
+        store.save = original
+    return saved, ends, waited, seen
+
+
+def test_training_goes_on_while_a_save_is_written(pool: PoolFactory, tmp_path: Path) -> None:
+    from bigtrain.checkpoint import store
+
+    ranks = pool(2).run(save_and_go_on, config(keep=5), tmp_path)
+    saved = small.assemble([pieces for pieces, *_ in ranks])
+    written = store.load_full(tmp_path / "checkpoints" / "step-00000002")
+    assert all(torch.equal(written[name], saved[name]) for name in saved), "the steps behind the save changed it"
+    for _, ends, waited, seen in ranks:
+        assert seen == ["0 finished", "0 committed", "1 finished"]
+        assert 0.3 < waited < 5, "the second save waits for the first"
+        assert [end.step for end in ends] == [3] and not ends[0].error
+        assert ends[0].seconds > 1.0 > ends[0].stall_s
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000003"
+
+
+def save_at_once(config: Config, run_dir: Path) -> list[Any]:
+    engine, saver = started(config, run_dir)
+    saver.save(engine, 0, cursor_at(0))
+    return saver.finished()
+
+
+def test_without_async_a_save_is_durable_when_it_returns(pool: PoolFactory, tmp_path: Path) -> None:
+    for (end,) in pool(2).run(save_at_once, config(async_=False), tmp_path):
+        assert end.seconds == end.stall_s > 0 and not end.error
+
+
+def fail_on_one_rank(config: Config, run_dir: Path, failing: int) -> list[str]:
+    """On a rank: how three saves ended, of which the second meets a full disk on rank `failing`."""
+    import errno
+
+    from bigtrain.checkpoint.direct_file import DirectFile
+
+    engine, saver = started(config, run_dir)
+    write = DirectFile.write
+
+    def full(self: Any, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saver.save(engine, 1, cursor_at(1))
+    ends = saver.wait()
+    if engine.runtime.topology.rank == failing:
+        DirectFile.write = full  # type: ignore[method-assign]
+    try:
+        saver.save(engine, 2, cursor_at(2))
+        take_steps(engine, 0, 1)
+        ends += saver.wait()
+    finally:
+        DirectFile.write = write  # type: ignore[method-assign]
+    saver.save(engine, 3, cursor_at(3))
+    return [end.error for end in ends + saver.wait()]
+
+
+def test_a_full_disk_of_one_rank_fails_the_save_of_all_and_the_next_succeeds(pool: PoolFactory, tmp_path: Path) -> None:
+    for first, second, third in pool(2).run(fail_on_one_rank, config(keep=9), tmp_path, 1):
+        assert (first, third) == ("", "")
+        assert second == "the checkpoint of step 2 was not saved: rank 1: No space left on device"
+    there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert there == ["latest", "step-00000001", "step-00000003"]
+
+
+def save_some(config: Config, run_dir: Path, steps: int) -> None:
+    engine, saver = started(config, run_dir)
+    for step in range(1, steps + 1):
+        take_steps(engine, step - 1, 1)
+        saver.save(engine, step, cursor_at(step))
+        saver.wait()
+
+
+def resume(config: Config, run_dir: Path) -> tuple[int, int, list[Any], list[float]]:
+    """On a rank: step and sequences that the run goes on from, what was passed over, and the next loss."""
+    from bigtrain.trainer.saver import checkpoints_to_resume
+
+    engine, saver = started(replace(config, run=replace(config.run, seed=99)), run_dir)
+    step, cursor = saver.load(engine, checkpoints_to_resume(config, run_dir))
+    return step, cursor.num_sequences, saver.fallbacks, take_steps(engine, step, 1)
+
+
+def damage(path: Path, *, cut: bool) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = bytes(byte ^ 1 for byte in content[middle : middle + 2000])  # beyond any header
+    path.write_bytes(content[:2000] if cut else content)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["flipped bits", "cut file"])
+def test_a_damaged_newest_one_is_passed_over(pool: PoolFactory, tmp_path: Path, cut: bool) -> None:
+    """Its damage is in the part of rank 1; no rank goes on alone."""
+    wanted = config(keep=9)
+    pool(2).run(save_some, wanted, tmp_path, 3)
+    (step, _, none, _), _ = pool(2).run(resume, wanted, tmp_path)
+    assert step == 3 and not none
+    checkpoints = tmp_path / "checkpoints"
+    damage(checkpoints / "step-00000003" / "__1_0.distcp", cut=cut)
+    (checkpoints / "step-00000002" / "state.json").write_text("{")
+    for step, sequences, passed_over, _ in pool(2).run(resume, wanted, tmp_path):
+        assert (step, sequences) == (1, small.GLOBAL_BATCH)
+        assert [each.folder.name for each in passed_over] == ["damaged-step-00000003", "damaged-step-00000002"]
+        assert "step-00000003: " in passed_over[0].reason and "state.json" in passed_over[1].reason
+    assert (checkpoints / "latest").resolve().name == "step-00000001"
+    damage(checkpoints / "step-00000001" / "__0_0.distcp", cut=cut)
+    with pytest.raises(RankError, match=r"step-00000001: .*There is no older one that is whole"):
+        pool(2).run(resume, wanted, tmp_path)
+    assert (checkpoints / "step-00000001").is_dir(), "the last one stays where it is"
+
+
+def test_another_model_is_no_damage(pool: PoolFactory, tmp_path: Path) -> None:
+    pool(2).run(save_some, config(keep=9), tmp_path, 2)
+    other = replace(config(), model=replace(small.LLAMA, ffn_hidden_size=96))
+    with pytest.raises(RankError, match=r"step-00000002: .*this model wants"):
+        pool(2).run(resume, other, tmp_path)
+    assert (tmp_path / "checkpoints" / "step-00000002").is_dir()

@@ -1,0 +1,203 @@
+"""A save that is killed at any of its acts on the disk, or meets a full one, leaves the newest committed one loadable.
+
+Each case is a process of its own that ends itself with SIGKILL before its n-th act: every fsync, rename, link, deletion
+and file that is made. The cases go through all of them, until a save survives.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigtrain.checkpoint import folder as folders
+from bigtrain.checkpoint import store
+from bigtrain.checkpoint.manifest import DamagedCheckpoint
+from bigtrain.checkpoint.slices import Fragment
+from bigtrain.distributed.sharding import Shard
+from tests.unit.checkpoints import commit_again
+
+SHAPE = (40, 50)
+ACTS = ("fsync", "rename", "symlink", "unlink", "rmdir", "open", "mkdir")
+FIRST_ACTS_OF_A_SAVE = 12
+"""Fewer would mean that the acts are not seen."""
+
+
+def fragments(step: int) -> list[Fragment]:
+    shard = Shard.of("w", SHAPE, dim=None, rank=0, size=1)
+    flat = torch.full((SHAPE[0] * SHAPE[1],), float(step))
+    return [Fragment(shard, 0, {"weight": flat, "exp_avg": flat + 0.5}, owned=True)]
+
+
+def save(root: Path, step: int, keep: int = 1) -> None:
+    store.save(root, step, fragments(step), {"format": folders.FORMAT, "step": step}, keep=folders.Keep(keep))
+
+
+def load(folder: Path) -> float:
+    """The value that fills the checkpoint's tensors; its hashes are checked on the way."""
+    empty = fragments(0)
+    store.load(folder, empty)
+    value = empty[0].tensors["weight"][0].item()
+    assert bool((empty[0].tensors["weight"] == value).all() and (empty[0].tensors["exp_avg"] == value + 0.5).all())
+    return value
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """The child's exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_before(number: int) -> None:
+    """From here on, this process kills itself before its `number`-th act on the disk."""
+    left = [number]
+
+    def counted(act: Callable[..., Any]) -> Callable[..., Any]:
+        def before(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return act(*arguments, **options)
+
+        return before
+
+    for name in ACTS:
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def save_killed_before(root: Path, step: int, number: int) -> None:
+    kill_before(number)
+    save(root, step)
+
+
+def test_a_kill_at_any_act_leaves_the_newest_committed_one(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for number in range(1000):
+        before = folders.committed(tmp_path)
+        status = in_a_child(partial(save_killed_before, tmp_path, 2, number))
+        newest = folders.newest(tmp_path)
+        assert newest is not None and load(newest) == folders.step_of(newest), f"killed before act {number}"
+        latest = folders.resolve(tmp_path / "latest")
+        assert latest in (newest, *before), f"latest is not durable, killed before act {number}"
+        load(latest)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert number > FIRST_ACTS_OF_A_SAVE
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step-00000002"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a tmpfs here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("knows_the_room", [True, False], ids=["seen before", "met while writing"])
+def test_a_full_disk_fails_the_save_and_leaves_the_one_before(
+    small_disk: Path, knows_the_room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not knows_the_room:
+        enough = shutil.disk_usage("/")._replace(free=10**15)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: enough)
+    save(small_disk, 1, keep=5)
+    (small_disk / "other").write_bytes(bytes(256 * 1024 - 12_288 - room_of(small_disk / "step-00000001")))
+    words = "GB free" if knows_the_room else "No space left on device"
+    with pytest.raises(store.SaveError, match=f"the checkpoint of step 2 was not saved: .*{words}"):
+        save(small_disk, 2, keep=5)
+    assert sorted(path.name for path in small_disk.iterdir()) == ["latest", "other", "step-00000001"]
+    assert load(folders.resolve(small_disk / "latest")) == 1
+    (small_disk / "other").unlink()
+    save(small_disk, 3, keep=5)
+    assert load(folders.resolve(small_disk / "latest")) == 3
+
+
+def room_of(folder: Path) -> int:
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.iterdir())
+
+
+# damage
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+Damage = Callable[[Path], Any]
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "element": (lambda made: flip(made / "__0_0.distcp", 4000), r"weight\.w is not what was saved: its hash is \w{16}"),
+    "cut file": (lambda made: cut(made / "__0_0.distcp"), r"it cannot be read: .*__0_0\.distcp"),
+    "no file": (lambda made: (made / "__0_0.distcp").unlink(), "it cannot be read: No such file"),
+    "no index": (lambda made: (made / ".metadata").unlink(), r"its index \.metadata cannot be read"),
+    "another index": (
+        lambda made: (made / ".metadata").write_bytes(b"\x80\x04K\x01."),
+        r"\.metadata .*bytes have changed",
+    ),
+    "no manifest": (lambda made: (made / "manifest.json").unlink(), r"manifest\.json cannot be read"),
+    "manifest": (lambda made: flip(made / "manifest.json", 40), r"manifest\.json is not the one that was committed"),
+    "state": (lambda made: (made / "state.json").write_text("{"), r"state\.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_is_seen_when_it_is_loaded(tmp_path: Path, damage: Damage, words: str) -> None:
+    save(tmp_path, 1)
+    made = folders.path_of(tmp_path, 1)
+    damage(made)
+    with pytest.raises(DamagedCheckpoint, match=words):
+        load(made)
+
+
+def test_two_pieces_that_swapped_places_are_seen(tmp_path: Path) -> None:
+    """Files whose bytes are all right and in the wrong place: a hash of each file alone would not tell."""
+    save(tmp_path, 1)
+    made = folders.path_of(tmp_path, 1)
+    index = pickle.loads((made / ".metadata").read_bytes())
+    first, second = index.storage_data
+    index.storage_data[first], index.storage_data[second] = index.storage_data[second], index.storage_data[first]
+    (made / ".metadata").write_bytes(pickle.dumps(index))
+    commit_again(made)  # as if it had been saved so
+    with pytest.raises(DamagedCheckpoint, match=r"is not what was saved"):
+        load(made)
+
+
+@pytest.mark.parametrize("file", ["../other", "/etc/passwd", ".."])
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path, file: str) -> None:
+    save(tmp_path, 1)
+    made = folders.path_of(tmp_path, 1)
+    index = pickle.loads((made / ".metadata").read_bytes())
+    for place in index.storage_data.values():
+        place.relative_path = file
+    (made / ".metadata").write_bytes(pickle.dumps(index))
+    commit_again(made)  # as if it had been saved so
+    with pytest.raises(DamagedCheckpoint, match="outside of the checkpoint"):
+        load(made)
