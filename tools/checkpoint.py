@@ -16,7 +16,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/ is no package of the installation
 
 from bigtrain.config.errors import exit_status
-from tools import checkpoints
+from tools import checkpoint_commands
 
 EXAMPLES = """examples:
   python tools/checkpoint.py inspect runs/default                        # all of a run's, and what is in the newest
@@ -143,7 +143,7 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 COMMANDS = (
-    *(Command(*each) for each in checkpoints.COMMANDS),
+    *(Command(*each) for each in checkpoint_commands.COMMANDS),
     Command("export-hf", "write a folder that Transformers opens", _export_arguments, export_hf),
     Command("import-hf", "make a checkpoint of a Hugging Face folder", _import_arguments, import_hf),
 )

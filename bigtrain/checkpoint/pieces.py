@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from bigtrain.checkpoint.layout import Piece
+from bigtrain.checkpoint.slices import GlobalTensor
 
 
-class PieceTensor(torch.Tensor):
-    """Has the shape of the whole, and no elements of its own (see `slices.GlobalTensor`)."""
+class PieceTensor(GlobalTensor):
+    """A `GlobalTensor` whose chunks do not exist yet."""
 
     pieces: dict[tuple[int, ...], Piece]
     make: Callable[[Piece], torch.Tensor]
 
     @staticmethod
-    def of(
+    def made(
         shape: tuple[int, ...], dtype: torch.dtype, pieces: Iterable[Piece], make: Callable[[Piece], torch.Tensor]
     ) -> PieceTensor:
         """`pieces` cover the tensor; `make` is called once for each."""
@@ -32,25 +32,6 @@ class PieceTensor(torch.Tensor):
         tensor = cast(PieceTensor, wrapper)
         tensor.pieces, tensor.make = {piece.offsets: piece for piece in pieces}, make
         return tensor
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(f"{func}: its elements are not made yet")
-
-    def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                MetadataIndex(fqn, chunk.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, self.shape),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in self.pieces.values()]

@@ -217,7 +217,7 @@ def _write(
             pieces[piece.name].append(piece)
             places[piece.name, piece.offsets] = number
     tensors = {
-        name: PieceTensor.of(tensor.shape, planned.dtype or tensor.dtype, pieces[name], take)
+        name: PieceTensor.made(tensor.shape, planned.dtype or tensor.dtype, pieces[name], take)
         for name, tensor in planned.tensors.items()
     }
     with ThreadPoolExecutor(1, "reshard-read") as pool:

@@ -63,13 +63,12 @@ def save_tensors(
     keep: folders.Keep | None = None,
     files: Mapping[str, bytes] | None = None,
     group: dist.ProcessGroup | None = None,
-    on_item: Callable[[str], None] | None = None,
     places: Places | None = None,
     check: Check | None = None,
 ) -> Saved | None:
     """As `save`, of tensors by ``kind.name``: plain ones, or those that tell their chunks as `GlobalTensor` does. On
-    this process alone where torch.distributed is not in use. `on_item`, `places`, `check`: see `Writer`."""
-    writer = Writer(root, step, state, files or {}, on_item=on_item, places=places, check=check)
+    this process alone where torch.distributed is not in use. `places`, `check`: see `Writer`."""
+    writer = Writer(root, step, state, files or {}, places=places, check=check)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
@@ -142,7 +141,10 @@ def _look(
     folder: Path, wanted: Mapping[str, torch.Size], whole_run: bool
 ) -> tuple[dict[str, Any], dict[str, manifest.Tensor]]:
     """What is known of a checkpoint before its tensors are read. Raises UserError for one that is not wanted."""
-    state, expected = folders.state_of(folder), manifest.read(folder).tensors
+    state, known = folders.state_of(folder), manifest.read(folder)
+    expected = known.tensors
+    if known.files.get(folders.STATE) != manifest.file_of(folder / folders.STATE):
+        raise DamagedCheckpoint(f"checkpoint {folder}: {folders.STATE} has changed since it was saved")
     if whole_run and state.get("weights_only"):
         raise UserError(
             f"checkpoint {folder}: it has weights only, no optimizer state and no place in the data, so no run goes on "

@@ -67,16 +67,15 @@ class Writer(FileSystemWriter):
         state: Mapping[str, Any],
         files: Mapping[str, bytes],
         *,
-        on_item: Callable[[str], None] | None = None,
         places: Places | None = None,
         check: Check | None = None,
     ) -> None:
-        """`state`, `files`: see `folders.commit`. `on_item` is told the name of each tensor. `places`: which file each
+        """`state`, `files`: see `folders.commit`. `places`: which file each
         chunk goes into, and in which order; None: all into this rank's. `check` is shown, on rank 0, what was written
         before it counts; what it raises stops the commit."""
         super().__init__(folders.partial_of(root, step))
         self._root, self._step, self._state, self._files = root, step, state, files
-        self._on_item, self._places, self._check = on_item, places, check
+        self._places, self._check = places, check
         self.saved: Saved | None = None
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -127,8 +126,6 @@ class Writer(FileSystemWriter):
         name, start = item.index.fqn, file.tell()
         if item.type is WriteItemType.BYTE_IO:
             raise TypeError(f"{name}: a checkpoint's files hold tensors only")
-        if self._on_item is not None:
-            self._on_item(name)
         chunk = _alone(cast("torch.Tensor", planner.resolve_data(item)))
         offsets = tuple(item.index.offset or (0,) * chunk.dim())
         hashing.append((name, hasher.submit(content_hash.of_rectangle, chunk, offsets)))

@@ -164,6 +164,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "no manifest": (lambda made: (made / "manifest.json").unlink(), r"manifest\.json cannot be read"),
     "manifest": (lambda made: flip(made / "manifest.json", 40), r"manifest\.json is not the one that was committed"),
+    "a digit of the state": (
+        lambda made: (made / "state.json").write_text(
+            (made / "state.json").read_text().replace('"step": 1', '"step": 7')
+        ),
+        r"state\.json has changed since it was saved",
+    ),
     "state": (lambda made: (made / "state.json").write_text("{"), r"state\.json cannot be read"),
 }
 
