@@ -143,8 +143,6 @@ def _look(
     """What is known of a checkpoint before its tensors are read. Raises UserError for one that is not wanted."""
     state, known = folders.state_of(folder), manifest.read(folder)
     expected = known.tensors
-    if known.files.get(folders.STATE) != manifest.file_of(folder / folders.STATE):
-        raise DamagedCheckpoint(f"checkpoint {folder}: {folders.STATE} has changed since it was saved")
     if whole_run and state.get("weights_only"):
         raise UserError(
             f"checkpoint {folder}: it has weights only, no optimizer state and no place in the data, so no run goes on "
@@ -154,6 +152,8 @@ def _look(
     for name in wanted:
         if name not in expected:
             raise DamagedCheckpoint(f"checkpoint {folder}: {manifest.MANIFEST} does not know {name}")
+    if known.files.get(folders.STATE) != manifest.file_of(folder / folders.STATE):
+        raise DamagedCheckpoint(f"checkpoint {folder}: {folders.STATE} has changed since it was saved")
     return state, expected
 
 

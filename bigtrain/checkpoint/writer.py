@@ -70,9 +70,9 @@ class Writer(FileSystemWriter):
         places: Places | None = None,
         check: Check | None = None,
     ) -> None:
-        """`state`, `files`: see `folders.commit`. `places`: which file each
-        chunk goes into, and in which order; None: all into this rank's. `check` is shown, on rank 0, what was written
-        before it counts; what it raises stops the commit."""
+        """`state`, `files`: see `folders.commit`. `places`: which file each chunk goes into, and in which order; None:
+        all into this rank's. `check` is shown, on rank 0, what was written before it counts; what it raises stops the
+        commit."""
         super().__init__(folders.partial_of(root, step))
         self._root, self._step, self._state, self._files = root, step, state, files
         self._places, self._check = places, check
