@@ -36,15 +36,6 @@ def cursor_at(step: int) -> Any:
     return Cursor(small.GLOBAL_BATCH * step, "order", Mixture([Stage(0, {"data": Fraction(1)})], 8))
 
 
-def take_steps(engine: Any, first: int, count: int) -> list[float]:
-    losses = []
-    for step in range(first, first + count):
-        loss = engine.forward_backward(small.share_of(small.global_batch(step), engine.runtime.topology))
-        engine.optimizer_step(1e-3)
-        losses.append(loss.mean.item())
-    return losses
-
-
 def weights_of(engine: Any) -> small.Pieces:
     from bigtrain.engine import state
 
@@ -68,14 +59,14 @@ def save_and_go_on(config: Config, run_dir: Path) -> tuple[small.Pieces, list[An
     from bigtrain.checkpoint import folder, store
 
     engine, saver = started(config, run_dir)
-    take_steps(engine, 0, 2)
+    small.take_steps(engine, 0, 2)
     saved = weights_of(engine)
     original = store.save
     slow_save(store, 1.0)
     try:
         saver.save(engine, 2, cursor_at(2), loss=1.5)
         seen = [f"{len(saver.finished())} finished", f"{len(folder.committed(saver.root))} committed"]
-        take_steps(engine, 2, 1)
+        small.take_steps(engine, 2, 1)
         begin = time.perf_counter()
         saver.save(engine, 3, cursor_at(3))
         waited = time.perf_counter() - begin
@@ -130,7 +121,7 @@ def fail_on_one_rank(config: Config, run_dir: Path, failing: int) -> list[str]:
         DirectFile.write = full  # type: ignore[method-assign]
     try:
         saver.save(engine, 2, cursor_at(2))
-        take_steps(engine, 0, 1)
+        small.take_steps(engine, 0, 1)
         ends += saver.wait()
     finally:
         DirectFile.write = write  # type: ignore[method-assign]
@@ -149,7 +140,7 @@ def test_a_full_disk_of_one_rank_fails_the_save_of_all_and_the_next_succeeds(poo
 def save_some(config: Config, run_dir: Path, steps: int) -> None:
     engine, saver = started(config, run_dir)
     for step in range(1, steps + 1):
-        take_steps(engine, step - 1, 1)
+        small.take_steps(engine, step - 1, 1)
         saver.save(engine, step, cursor_at(step))
         saver.wait()
 
@@ -160,7 +151,7 @@ def resume(config: Config, run_dir: Path) -> tuple[int, int, list[Any], list[flo
 
     engine, saver = started(replace(config, run=replace(config.run, seed=99)), run_dir)
     step, cursor = saver.load(engine, checkpoints_to_resume(config, run_dir))
-    return step, cursor.num_sequences, saver.fallbacks, take_steps(engine, step, 1)
+    return step, cursor.num_sequences, saver.fallbacks, small.take_steps(engine, step, 1)
 
 
 def damage(path: Path, *, cut: bool) -> None:
