@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -42,39 +42,34 @@ def weights_of(engine: Any) -> small.Pieces:
     return small.pieces(state.fragments(engine), "weight")
 
 
-def slow_save(store: Any, seconds: float) -> None:
-    """Every save takes this much longer from here on."""
-    save = store.save
-
-    def later(*arguments: Any, **options: Any) -> Any:
-        time.sleep(seconds)
-        return save(*arguments, **options)
-
-    store.save = later
-
-
-def save_and_go_on(config: Config, run_dir: Path) -> tuple[small.Pieces, list[Any], float, list[str]]:
-    """On a rank: the weights when the save was called, how saves ended, seconds that the first two calls took, and what
-    was there to be seen meanwhile."""
+def save_and_go_on(config: Config, run_dir: Path) -> tuple[small.Pieces, list[Any], list[str]]:
+    """On a rank: the weights when the save was called, how the saves ended, and what happened in which order. No save
+    is written before the steps behind the first are taken."""
     from bigtrain.checkpoint import folder, store
 
     engine, saver = started(config, run_dir)
     small.take_steps(engine, 0, 2)
-    saved = weights_of(engine)
-    original = store.save
-    slow_save(store, 1.0)
+    saved, log, may_write, save = weights_of(engine), [], threading.Event(), store.save
+
+    def held_up(root: Path, step: int, *arguments: Any, **options: Any) -> Any:
+        may_write.wait(60)
+        try:
+            return save(root, step, *arguments, **options)
+        finally:
+            log.append(f"{step} written")
+
+    store.save = held_up
     try:
         saver.save(engine, 2, cursor_at(2), loss=1.5)
-        seen = [f"{len(saver.finished())} finished", f"{len(folder.committed(saver.root))} committed"]
+        log.append(f"2 called, {len(saver.finished())} finished, {len(folder.committed(saver.root))} committed")
         small.take_steps(engine, 2, 1)
-        begin = time.perf_counter()
+        threading.Timer(0.5, may_write.set).start()
         saver.save(engine, 3, cursor_at(3))
-        waited = time.perf_counter() - begin
-        seen.append(f"{len(saver.finished())} finished")
-        ends = saver.wait()
+        log.append("3 called")
+        ends = saver.finished() + saver.wait()
     finally:
-        store.save = original
-    return saved, ends, waited, seen
+        store.save = save
+    return saved, ends, log
 
 
 def test_training_goes_on_while_a_save_is_written(pool: PoolFactory, tmp_path: Path) -> None:
@@ -84,11 +79,11 @@ def test_training_goes_on_while_a_save_is_written(pool: PoolFactory, tmp_path: P
     saved = small.assemble([pieces for pieces, *_ in ranks])
     written = store.load_full(tmp_path / "checkpoints" / "step-00000002")
     assert all(torch.equal(written[name], saved[name]) for name in saved), "the steps behind the save changed it"
-    for _, ends, waited, seen in ranks:
-        assert seen == ["0 finished", "0 committed", "1 finished"]
-        assert 0.3 < waited < 5, "the second save waits for the first"
-        assert [end.step for end in ends] == [3] and not ends[0].error
-        assert ends[0].seconds > 1.0 > ends[0].stall_s
+    for _, ends, log in ranks:
+        assert log[:2] == ["2 called, 0 finished, 0 committed", "2 written"], "the second save waits for the first"
+        assert sorted(log[2:]) == ["3 called", "3 written"]
+        assert [(end.step, end.error) for end in ends] == [(2, ""), (3, "")]
+        assert ends[0].stall_s < ends[0].seconds
     assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000003"
 
 
