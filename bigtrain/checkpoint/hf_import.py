@@ -73,8 +73,9 @@ def import_folder(
     padded = -(-theirs.vocab_size // vocab_multiple) * vocab_multiple
     model = dataclasses.replace(theirs, vocab_size=padded)
     final = folders.path_of(out, 0)
-    if final.exists():
-        raise UserError(f"{final}: it is there already, and nothing is written over. Name another folder.")
+    for taken in (final, *folders.committed(out)):
+        if taken.exists():
+            raise UserError(f"{taken}: it is there already, and nothing is written over. Name another folder.")
     found, left_out = check_tensors(folder, theirs)
     dtype = dtype_of(found)
     preset = (

@@ -62,15 +62,18 @@ def _plain(entries: Mapping[str, File | Tensor]) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a committed checkpoint. Raises DamagedCheckpoint where it is not the one that was committed."""
+    """The manifest of a committed checkpoint. Raises DamagedCheckpoint where it is not the one that was committed, and
+    UserError where the disk does not tell."""
     try:
         content = (folder / MANIFEST).read_bytes()
         committed = (folder / COMMITTED).read_text().strip()
         if committed != hash_of(content):
             raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} is not the one that was committed: it is damaged")
         return parse(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} cannot be read ({error})") from error
+    except OSError as error:
+        raise UserError(f"checkpoint {folder}: {MANIFEST} cannot be read ({error.strerror})") from error
 
 
 def parse(content: bytes) -> Manifest:

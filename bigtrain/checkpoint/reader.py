@@ -26,6 +26,7 @@ from torch.futures import Future
 from bigtrain.checkpoint import content_hash, manifest
 from bigtrain.checkpoint.manifest import MANIFEST, DamagedCheckpoint
 from bigtrain.checkpoint.stored import Stored, StoredTensor, tensors_of
+from bigtrain.config.errors import UserError
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -118,7 +119,7 @@ def read_index(folder: Path) -> Metadata:
     content = (folder / ".metadata").read_bytes()
     if (folder / MANIFEST).is_file():  # a bit that flipped in a pickle may ask for all memory that there is
         saved = manifest.parse((folder / MANIFEST).read_bytes()).files.get(".metadata")
-        if saved is not None and saved.xxh3 != manifest.hash_of(content):
+        if saved is None or saved.xxh3 != manifest.hash_of(content):
             raise pickle.UnpicklingError("its bytes have changed since it was saved")
     found = _IndexUnpickler(io.BytesIO(content)).load()
     if not isinstance(found, Metadata):
@@ -130,5 +131,9 @@ def tensors_in(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint by name (``kind.weight name``). Raises UserError where its index cannot be read."""
     try:
         return tensors_of(read_index(folder))
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, ValueError, TypeError) as error:
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"checkpoint {folder}: its index .metadata cannot be read ({error})") from error
+    except OSError as error:
+        raise UserError(f"checkpoint {folder}: its index .metadata cannot be read ({error.strerror})") from error
+    except Exception as error:  # a pickle that someone changed can raise anything, MemoryError too
         raise DamagedCheckpoint(f"checkpoint {folder}: its index .metadata cannot be read ({error})") from error

@@ -80,19 +80,22 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         for passed_over in saver.fallbacks:
             recorder.event("fallback", step=position.step, damaged=str(passed_over.folder), reason=passed_over.reason)
             console.note(f"{passed_over.reason}. It is now {passed_over.folder}; step {position.step} goes on instead")
-        position = fit(
-            config,
-            position,
-            engine=engine,
-            batches=peers.agreed(data.batches(position.cursor), runtime, data.order.allow),
-            evaluators=data.evaluators(),
-            epochs=data.order.epochs,
-            saver=saver,
-            recorder=recorder,
-            ledger=ledger,
-            throughput=throughput,
-            stop=stop_signal,
-        )
+        try:
+            position = fit(
+                config,
+                position,
+                engine=engine,
+                batches=peers.agreed(data.batches(position.cursor), runtime, data.order.allow),
+                evaluators=data.evaluators(),
+                epochs=data.order.epochs,
+                saver=saver,
+                recorder=recorder,
+                ledger=ledger,
+                throughput=throughput,
+                stop=stop_signal,
+            )
+        finally:  # also where an error ends the run: what is under way may become durable
+            recorder.saved(saver.wait())
         if name := stop_signal.received:
             recorder.event("stop", step=position.step, signal=name)
             if saver.last is not None and not saver.last.error:

@@ -7,6 +7,8 @@ does the end of the run. A save that fails leaves the checkpoints before it as t
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +33,8 @@ from bigtrain.engine import state as engine_state
 from bigtrain.engine.engine import Engine
 from bigtrain.trainer import peers
 
+MAY_DIFFER = {"model.name", "model.attention_dropout", "model.hidden_dropout", "model.init_std", "model.max_positions"}
+"""Settings of a model that change neither a tensor nor what is computed from them (learned positions are a tensor)."""
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 ORIGIN = ("init_from", "imported")
 """Keys of state.json: where the run's first weights came from, and what an import of them wrote down."""
@@ -137,18 +141,29 @@ class Saver:
         self._carried = dict(origin or {})
 
     def _load(self, engine: Engine, folder: Path) -> tuple[int, Cursor]:
-        state = store.load(folder, engine_state.fragments(engine))
+        state = store.load(folder, engine_state.fragments(engine), lambda state: self._check_fits(folder, state))
         engine_state.after_load(engine, adam_step=state["adam_step"])
         engine.steps_taken = state["step"]
         engine.loss_scale = replace(engine.loss_scale, **state["loss_scale"])
         self._carried = {name: state[name] for name in ORIGIN if name in state}
         return state["step"], Cursor.from_dict(state["cursor"])
 
+    def _check_fits(self, folder: Path, state: dict[str, Any]) -> None:
+        """Raise UserError where the checkpoint is of another model or optimizer, though its tensors may fit."""
+        ours, theirs = frozen.as_dict(self._config), state.get("config", {})
+        pairs = [(f"model.{name}", theirs.get("model", {}).get(name), value) for name, value in ours["model"].items()]
+        pairs.append(("optim.name", theirs.get("optim", {}).get("name"), ours["optim"]["name"]))
+        where = f"checkpoint {folder}: it is of another run"
+        for key, saved, wanted in pairs:
+            if key not in MAY_DIFFER and saved is not None and saved != wanted:
+                raise UserError(f"{where}: {key} is {saved} there, {wanted} here. Set {key}={saved}")
+
     def _set_aside(self, folder: Path) -> Path:
         """Collective: rank 0 renames it. One of another run is left as it is."""
         aside: list[Path | None] = [folder]
         if dist.get_rank() == 0 and folder.parent == self.root:
-            aside[0] = folders.set_aside(folder)
+            with contextlib.suppress(OSError):  # a disk that cannot be written: it stays where it is
+                aside[0] = folders.set_aside(folder)
         dist.broadcast_object_list(aside)
         return aside[0] or folder
 
@@ -158,7 +173,7 @@ class Saver:
         return {
             "format": folders.FORMAT,
             "step": step,
-            "loss": loss,
+            "loss": loss if loss is None or math.isfinite(loss) else None,
             "adam_step": engine_state.adam_step(engine),
             "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
             "cursor": peers.whole(cursor, engine.runtime).to_dict(),
@@ -179,6 +194,8 @@ class Saver:
             num_bytes = saved.num_bytes if saved else 0
         except store.SaveError as raised:
             error = str(raised)
+        except Exception as raised:  # whatever it is, it may not end the training of one rank alone
+            error = f"the checkpoint of step {step} was not saved: {type(raised).__name__}: {raised}"
         return Outcome(step, time.perf_counter() - begin, stall_s or 0.0, num_bytes, error)
 
     def _join(self) -> None:
@@ -204,6 +221,8 @@ def checkpoints_to_resume(config: Config, run_dir: Path) -> list[Path]:
                 found[0] = folders.candidates(Path(config.checkpoint.resume))
         except UserError as error:
             found[0] = str(error)
+        except OSError as error:
+            found[0] = f"{run_dir / 'checkpoints'}: it cannot be read: {error.strerror}"
     dist.broadcast_object_list(found)
     if isinstance(found[0], str):
         raise UserError(found[0])

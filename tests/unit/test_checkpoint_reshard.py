@@ -207,7 +207,7 @@ def test_a_source_that_changed_is_never_committed(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda source: (source / "__0_0.distcp").unlink(), "cannot be read: .*No such file"),
+        (lambda source: (source / "__0_0.distcp").unlink(), "cannot be read: .*is missing"),
         (lambda source: (source / "__0_0.distcp").write_bytes(b"x" * 4000), "cannot be read"),
         (lambda source: flip(source / "tokenizer.model", 1), "tokenizer.model has changed since it was saved"),
         (lambda source: (source / "tokenizer.model").unlink(), "tokenizer.model cannot be read"),

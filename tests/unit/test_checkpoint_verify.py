@@ -79,7 +79,7 @@ def damage(checkpoint: Path, how: str) -> None:
 DAMAGE = [
     ("number", {f"{EMBEDDING}: its numbers have changed", "__0_0.distcp: its bytes have changed"}),
     ("truncated", {"__0_0.distcp: it has 1,3", "exp_avg_sq.output_layer.weight: it cannot be read: __0_0.distcp"}),
-    ("missing", {"__0_0.distcp: the file is missing", f"{EMBEDDING}: it cannot be read: No such file"}),
+    ("missing", {"__0_0.distcp: the file is missing", f"{EMBEDDING}: it cannot be read: __0_0.distcp is missing"}),
     ("index", {".metadata: its bytes have changed", ".metadata: no tensor was read"}),
     ("state", {"state.json: it has 2 bytes"}),
     ("tokenizer", {"tokenizer.model: its bytes have changed"}),
