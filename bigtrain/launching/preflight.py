@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from bigtrain import config as configs
+from bigtrain.checkpoint import folder as folders
 from bigtrain.config import keys, locations
 from bigtrain.config.check import Problem, get
+from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import FILE
+from bigtrain.config.same_run import difference
 from bigtrain.config.schema import Config
 from bigtrain.launching import init_from, machine
 from bigtrain.launching.wandb_key import has_wandb_key
@@ -98,9 +101,21 @@ def _resume(config: Config) -> Iterator[Problem]:
     if own and (resume == "never" or is_older_own):
         message = f"the run's folder has checkpoints up to {own[-1].name}, which starting elsewhere would overwrite"
         yield Problem("checkpoint.resume", resume, message, "Choose another run.name, or move those away")
-    if resume not in ("auto", "never") and "://" not in resume and not Path(resume).is_dir():
-        message = "there is no such checkpoint"
+    if resume in ("auto", "never") or own or "://" in resume:
+        return
+    try:
+        state = folders.state_of(folders.resolve(Path(resume)))
+    except UserError as error:
+        message = str(error).removeprefix(f"checkpoint {resume}: ").rstrip(".")
         yield Problem("checkpoint.resume", resume, message, "Write auto, never or the folder of a checkpoint")
+        return
+    if state.get("weights_only"):
+        message = "it has weights only, and no place in the data"
+        yield Problem("checkpoint.resume", resume, message, "Set checkpoint.init_from instead")
+    elif found := difference(config, state.get("config", {})):
+        key, saved, wanted = found
+        message = f"it is of another run: {key} is {saved} there, {wanted} here"
+        yield Problem("checkpoint.resume", resume, message, f"Set {key}={saved}")
 
 
 def _login(config: Config) -> Iterator[Problem]:

@@ -27,14 +27,13 @@ from bigtrain.checkpoint.slices import Fragment
 from bigtrain.checkpoint.snapshot import Snapshot
 from bigtrain.config import frozen
 from bigtrain.config.errors import UserError
+from bigtrain.config.same_run import difference
 from bigtrain.config.schema import Config
 from bigtrain.data.order import Cursor
 from bigtrain.engine import state as engine_state
 from bigtrain.engine.engine import Engine
 from bigtrain.trainer import peers
 
-MAY_DIFFER = {"model.name", "model.attention_dropout", "model.hidden_dropout", "model.init_std", "model.max_positions"}
-"""Settings of a model that change neither a tensor nor what is computed from them (learned positions are a tensor)."""
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 ORIGIN = ("init_from", "imported")
 """Keys of state.json: where the run's first weights came from, and what an import of them wrote down."""
@@ -150,13 +149,11 @@ class Saver:
 
     def _check_fits(self, folder: Path, state: dict[str, Any]) -> None:
         """Raise UserError where the checkpoint is of another model or optimizer, though its tensors may fit."""
-        ours, theirs = frozen.as_dict(self._config), state.get("config", {})
-        pairs = [(f"model.{name}", theirs.get("model", {}).get(name), value) for name, value in ours["model"].items()]
-        pairs.append(("optim.name", theirs.get("optim", {}).get("name"), ours["optim"]["name"]))
-        where = f"checkpoint {folder}: it is of another run"
-        for key, saved, wanted in pairs:
-            if key not in MAY_DIFFER and saved is not None and saved != wanted:
-                raise UserError(f"{where}: {key} is {saved} there, {wanted} here. Set {key}={saved}")
+        if found := difference(self._config, state.get("config", {})):
+            key, saved, wanted = found
+            raise UserError(
+                f"checkpoint {folder}: it is of another run: {key} is {saved} there, {wanted} here. Set {key}={saved}"
+            )
 
     def _set_aside(self, folder: Path) -> Path:
         """Collective: rank 0 renames it. One of another run is left as it is."""
