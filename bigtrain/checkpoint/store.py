@@ -48,8 +48,8 @@ def save(
     """Write ``root/step-NNNNNNNN``, durable on return, and commit it; then delete what `keep` does not name (None:
     nothing). Collective over `group` (None: all ranks). Returns what was written on rank 0, None elsewhere.
 
-    `state`: JSON-able; `files`: by name, kept beside it. Raises SaveError on every rank, after removing what was
-    written."""
+    `state`: JSON-able; `files`: by name, kept beside it. Raises SaveError on every rank that lives; rank 0 removes
+    what was written, the next save what it could not."""
     return save_tensors(
         root, step, state_dict_of(fragments, only_owned=True), state, keep=keep, files=files, group=group
     )

@@ -136,6 +136,9 @@ class Recorder:
                 stall_s=round(save.stall_s, 3),
                 num_bytes=save.num_bytes,
             )
+            self._console.note(
+                f"checkpoint of step {save.step}: {save.num_bytes / 1e6:,.1f} MB in {save.seconds:.1f} s"
+            )
 
     def bad_documents(self, step: int, reasons: Sequence[str]) -> None:
         """Why data rank 0 passed over documents before this step, one reason each; nothing is recorded of none."""
