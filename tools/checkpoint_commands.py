@@ -38,8 +38,8 @@ RESHARD = """examples:
 
 Any layout loads any checkpoint as it is: no run needs this. It makes small ones of large ones, and files that each rank
 of a layout reads alone and from front to back. It streams: under 1 GiB of memory, also for tensors larger than that.
-The tensors' hashes must come out as they were, or nothing is committed. --dtype wants --weights-only: a run goes on from fp32
-masters, and rounded ones would make it another run."""
+The tensors' hashes must come out as they were, or nothing is committed. --dtype wants --weights-only: a run goes on
+from fp32 masters, and rounded ones would make it another run."""
 
 
 def inspect(options: argparse.Namespace) -> int:
