@@ -24,6 +24,7 @@ import torch
 from bigtrain.checkpoint import content_hash, layout, manifest, store
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint.describe import INDEX, size
+from bigtrain.checkpoint.dtypes import DTYPES, converted
 from bigtrain.checkpoint.layout import Layout, Piece
 from bigtrain.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest
 from bigtrain.checkpoint.pieces import PieceTensor
@@ -33,7 +34,6 @@ from bigtrain.checkpoint.verify import uncovered
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OF_A_RUN = ("cursor", "adam_step", "loss_scale")
 """Entries of state.json that mean nothing without the optimizer's state."""
 
@@ -193,7 +193,7 @@ def _write(
             raise DamagedCheckpoint(f"checkpoint {planned.source}: {piece.name} cannot be read: {error}") from error
         if planned.dtype is None:
             return values, 0
-        return _converted(values, planned.dtype, piece.name), content_hash.of_rectangle(values, piece.offsets)
+        return converted(values, planned.dtype, piece.name), content_hash.of_rectangle(values, piece.offsets)
 
     def take(piece: Piece) -> torch.Tensor:
         values, added = ahead.take(piece)
@@ -297,14 +297,6 @@ def _model_of(source: Path, state: Mapping[str, Any]) -> ModelConfig:
             "writes what; use --files N"
         ) from error
     return model
-
-
-def _converted(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    found = values.to(dtype)
-    if dtype == torch.float16 and bool((found.isinf() & values.isfinite()).any()):
-        largest = float(values.abs().max())
-        raise UserError(f"{name} has numbers up to {largest:.3g}, which fp16 cannot hold. Take bf16 or fp32.")
-    return found
 
 
 def _other_files(planned: Plan) -> dict[str, bytes]:
