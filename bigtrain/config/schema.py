@@ -292,6 +292,27 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class AnomalyConfig:
+    """What is done where the numbers go wrong."""
+
+    non_finite: str = _choice("skip", "off", "skip", "rewind", "stop")
+    """Where the loss or the gradient norm is NaN or infinite. skip: the step changes nothing, and the run goes on
+    behind its data. rewind: back to the newest checkpoint, and on behind the data of this step. stop: save the state
+    before the step and end. off: as skip, however often. What only overflows at fp16's loss scale does not count."""
+    spike: str = _choice("off", "off", "skip", "rewind", "stop")
+    """Where the loss jumps: more than `threshold` deviations above the median of the last `window` losses."""
+    window: int = 128
+    """Losses that median and deviation are taken of; nothing is a spike before there are so many."""
+    threshold: float = 8.0
+    """Deviations above the median that make a spike: 1.4826 times the median absolute deviation each, and at least 1 %
+    of the median."""
+    max_skips: int = 10
+    """Steps skipped in a row, the last of which is a reason to rewind. No checkpoint is made among them."""
+    max_rewinds: int = 10
+    """Rewinds of a run; what would be one more stops it. 0: it never goes back."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """How often the held-out loss is measured."""
 
@@ -363,6 +384,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from bigtrain.config.schema import Config
 from bigtrain.telemetry.console import Console
-from bigtrain.telemetry.metrics import METRICS_FILE, MetricsFile
+from bigtrain.telemetry.metrics import METRICS_FILE, MetricsFile, read_metrics
 from bigtrain.telemetry.tracking import WandbTracker
 
 
@@ -54,7 +54,8 @@ class Recorder:
         if not is_writer:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics = MetricsFile(run_dir / METRICS_FILE, resume_step=resume_step)
+        self._path = run_dir / METRICS_FILE
+        self._metrics = MetricsFile(self._path, resume_step=resume_step)
         if config.tracker.kind == "wandb" and config.tracker.mode != "disabled":
             with console.phase(f"starting W&B ({config.tracker.mode})"):
                 self._tracker = WandbTracker(run_dir, config, warn=console.note)
@@ -121,6 +122,19 @@ class Recorder:
         """Something that a reader of the run should know: a save, a signal, a skipped batch. Give the `step` where
         there is one. Goes to metrics.jsonl only."""
         self._write({"kind": "event", "name": name, **fields})
+
+    def go_back(self, step: int, windows: Iterable[Mapping[str, Any]]) -> None:
+        """The run goes on from `step`: lines of later steps leave metrics.jsonl, and an event `rewind` is there once
+        for each of the windows of data that lie ahead (bigtrain.data.passed_over)."""
+        if self._metrics is None:
+            return
+        self._metrics.close()
+        self._metrics = MetricsFile(self._path, resume_step=step)
+        events = [{"kind": "event", "name": "rewind", "step": window["to_step"], **window} for window in windows]
+        known = [record for record in read_metrics(self._path) if record.get("name") == "rewind"] if events else []
+        for event in events:
+            if event not in known:
+                self._write(event)
 
     def saved(self, saves: Iterable[Save]) -> None:
         """Saves that have ended, durable or failed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ import torch
 from bigtrain.config.derive import flops_per_token
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
-from bigtrain.data.ledger import Begin
 from bigtrain.distributed.start import Runtime, start, stop
 from bigtrain.engine.engine import Engine
 from bigtrain.model.build import DTYPES
@@ -20,13 +18,14 @@ from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.peak import device_peak
 from bigtrain.telemetry.recorder import Recorder
 from bigtrain.telemetry.report import write_report
-from bigtrain.trainer import peers
-from bigtrain.trainer.ledger_file import LedgerFile
-from bigtrain.trainer.loop import Position, Throughput, fit, last_step
+from bigtrain.trainer import rewind
+from bigtrain.trainer.anomaly import Guard
+from bigtrain.trainer.loop import Position, Throughput, last_step
 from bigtrain.trainer.run_data import RunData
 from bigtrain.trainer.saver import Saver, checkpoints_to_resume
 from bigtrain.trainer.stopping import StopSignal
 from bigtrain.trainer.summary import tells_of, write_summary
+from bigtrain.trainer.training import Training
 
 
 def run(config: Config, run_dir: Path, console: Console) -> None:
@@ -44,16 +43,14 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         data = RunData.open(config, runtime.topology)
     with console.phase("building the model"):
         engine = Engine(config, runtime)
-    saver = Saver(config, run_dir, data.tokenizer.files)
+    guard = Guard(config.anomaly)
+    saver = Saver(config, run_dir, data.tokenizer.files, guard)
     position = Position(0, data.order.start())
     if resume:
         with console.phase(f"loading {resume[0]}"):
-            position = Position(*saver.load(engine, resume))
-            accept = config.data.on_change == "accept"
-            consumed = position.cursor.num_sequences
-            if data.order.go_on_from(position.cursor, accept_change=accept):
-                console.note(f"data.train: another mixture from sequence {consumed:,} on")
-            position = Position(position.step, data.order.cursor(consumed))
+            position, is_changed = rewind.load(config, engine, saver, data.order, resume)
+        if is_changed:
+            console.note(f"data.train: another mixture from sequence {position.cursor.num_sequences:,} on")
     if config.parallel.zero_stage == 3:
         console.note(f"weights are gathered once a {'step' if engine.keeps_gathered else 'microbatch'}")
     console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")
@@ -62,34 +59,19 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         return stop()
     throughput = _throughput(config, runtime, console)
 
-    ledger = LedgerFile(run_dir, config, runtime.topology, Begin(position.step, position.cursor.num_sequences))
-    with (
-        closing(ledger),
-        Recorder(
-            run_dir,
-            config,
-            num_steps=last_step(config),
-            resume_step=position.step,
-            console=console,
-            is_writer=runtime.is_main,
-        ) as recorder,
-    ):
+    with Recorder(
+        run_dir,
+        config,
+        num_steps=last_step(config),
+        resume_step=position.step,
+        console=console,
+        is_writer=runtime.is_main,
+    ) as recorder:
         for passed_over in saver.fallbacks:
             recorder.event("fallback", step=position.step, damaged=str(passed_over.folder), reason=passed_over.reason)
             console.note(f"{passed_over.reason}. It is now {passed_over.folder}; step {position.step} goes on instead")
-        position = fit(
-            config,
-            position,
-            engine=engine,
-            batches=peers.agreed(data.batches(position.cursor), runtime, data.order.allow),
-            evaluators=data.evaluators(),
-            epochs=data.order.epochs,
-            saver=saver,
-            recorder=recorder,
-            ledger=ledger,
-            throughput=throughput,
-            stop=stop_signal,
-        )
+        run_of = Training(config, run_dir, runtime, data, engine, saver, guard, recorder, console)
+        position = run_of.train(position, throughput=throughput, stop=stop_signal)
         if name := stop_signal.received:
             recorder.event("stop", step=position.step, signal=name)
             where = f"step {position.step} is saved in {saver.folder(position.step)}"

@@ -30,6 +30,7 @@ from bigtrain.data.order import Cursor
 from bigtrain.engine import state as engine_state
 from bigtrain.engine.engine import Engine
 from bigtrain.trainer import peers
+from bigtrain.trainer.anomaly import Guard
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 
@@ -61,9 +62,12 @@ class Fallback:
 class Saver:
     """Saves to RUN/checkpoints and loads from there."""
 
-    def __init__(self, config: Config, run_dir: Path, tokenizer: Mapping[str, bytes]) -> None:
-        """`tokenizer`: its files by name, kept in every checkpoint. Collective."""
+    def __init__(
+        self, config: Config, run_dir: Path, tokenizer: Mapping[str, bytes], guard: Guard | None = None
+    ) -> None:
+        """`tokenizer`: its files by name, kept in every checkpoint, as is what `guard` knows. Collective."""
         self._config, self._files = config, dict(tokenizer)
+        self._guard = guard or Guard(config.anomaly)
         self.root = run_dir / "checkpoints"
         self.fallbacks: list[Fallback] = []
         self._carried: dict[str, Any] = {}
@@ -133,6 +137,7 @@ class Saver:
         engine_state.after_load(engine, adam_step=state["adam_step"])
         engine.steps_taken = state["step"]
         engine.loss_scale = replace(engine.loss_scale, **state["loss_scale"])
+        self._guard.restore(state.get("anomaly", {}))
         self._carried = {name: state[name] for name in ("imported",) if name in state}
         return state["step"], Cursor.from_dict(state["cursor"])
 
@@ -153,6 +158,7 @@ class Saver:
             "loss": loss,
             "adam_step": engine_state.adam_step(engine),
             "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
+            "anomaly": self._guard.to_dict(),
             "cursor": peers.whole(cursor, engine.runtime).to_dict(),
             "config": {name: value for name, value in config.items() if name not in ("cluster", "tracker")},
             "versions": {"bigtrain": bigtrain.__version__, **{name: version(name) for name in PACKAGES}},
