@@ -9,6 +9,7 @@ from pathlib import Path
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.data.ledger import Begin
+from bigtrain.data.passed_over import behind
 from bigtrain.distributed.start import Runtime
 from bigtrain.engine.engine import Engine
 from bigtrain.telemetry.console import Console
@@ -72,7 +73,7 @@ class Training:
             if trouble.action == "stop":
                 raise self._stopped(position, trouble)
             found = rewind.check_possible(self.config, self.run_dir, trouble, windows)
-            end = position.cursor.num_sequences + self.config.train.global_batch_size
+            end = behind(windows, position.cursor.num_sequences) + self.config.train.global_batch_size
             with self.console.phase(f"step {trouble.step}: {trouble.reason}: loading {found[0]}"):
                 position, _ = rewind.load(self.config, self.engine, self.saver, self.data.order, found)
             windows = rewind.pass_over(self.run_dir, trouble, position, end)

@@ -123,7 +123,7 @@ def test_an_overflow_of_the_loss_scale_is_no_trouble() -> None:
 def test_a_run_that_goes_on_decides_alike() -> None:
     """Cut at every step, through JSON as the checkpoint keeps it."""
     config = AnomalyConfig(spike="rewind", window=8, max_skips=3)
-    losses = noise(12) + [NAN, NAN, 3.0] + noise(4) + [NAN, NAN, NAN]
+    losses = [*noise(12), NAN, NAN, 3.0, *noise(4), NAN, NAN, NAN]
     expected = fed(Guard(config), losses)
     assert expected[-1] == "rewind" and len(expected) == len(losses)
     for cut in range(len(losses)):
@@ -132,11 +132,11 @@ def test_a_run_that_goes_on_decides_alike() -> None:
         state: dict[str, Any] = json.loads(json.dumps(before.to_dict()))
         after.restore(state)
         assert begin + fed(after, losses[cut:], first=cut + 1) == expected
-        assert after._window.to_list()[-1:] == noise(4)[-1:], "the same losses, to the bit"
+        assert cut == len(losses) or after.to_dict()["losses"][-1:] == noise(4)[-1:], "the same losses, to the bit"
 
 
 def test_a_checkpoint_that_knows_nothing_of_it() -> None:
     guard = Guard(AnomalyConfig(window=4))
-    fed(guard, noise(4) + [NAN])
+    fed(guard, [*noise(4), NAN])
     guard.restore({})
     assert guard.to_dict() == {"losses": [], "skips": 0}
