@@ -12,10 +12,12 @@ from bigtrain.data.loader import StepBatch
 from bigtrain.data.order import Cursor
 from bigtrain.engine.engine import Engine
 from bigtrain.optim.schedule import share_of_peak
+from bigtrain.telemetry.goodput import Clock
 from bigtrain.telemetry.recorder import Recorder
 from bigtrain.trainer.anomaly import Guard
 from bigtrain.trainer.evaluator import Evaluator
 from bigtrain.trainer.ledger_file import LedgerFile
+from bigtrain.trainer.pace import Pace
 from bigtrain.trainer.saver import Saver
 from bigtrain.trainer.stopping import StopSignal
 
@@ -58,7 +60,9 @@ def fit(
     recorder: Recorder,
     ledger: LedgerFile,
     throughput: Throughput,
+    clock: Clock,
     guard: Guard,
+    pace: Pace,
     stop: StopSignal,
 ) -> Position:
     """Train from `start` to the last step, to where `stop` is agreed on, or to where `guard` gives up: then to in front
@@ -69,7 +73,8 @@ def fit(
     position, last = start, last_step(config)
     if position.step >= last:
         return position
-    for batch, seconds in timed(batches):
+    clock.go_on_with("compute")
+    for batch, seconds in timed(clock.each("data_wait", batches)):
         loss = engine.forward_backward(batch.microbatches)
         lr = config.optim.lr * share_of_peak(position.step, num_steps(config.train), config.schedule)
         loss_value = loss.mean.item()
@@ -102,12 +107,13 @@ def fit(
             recorder.saved(saver.wait())
         if ending or due(position.step, config.eval.interval):
             for name, evaluator in evaluators.items():
-                record = evaluator.evaluate(engine).as_record()
+                with clock.part("evaluation"):
+                    record = evaluator.evaluate(engine).as_record()
                 recorder.evaluation(position.step, set=name, **record)
                 losses.append(record["loss"])
             recorder.epochs(position.step, epochs(position.cursor.num_sequences))
         # while steps are skipped there is nothing new to save, and a rewind must go back behind them
-        if not told and (ending or (due(position.step, config.checkpoint.interval) and not guard.skips)):
+        if not told and (ending or (not guard.skips and pace.due(position.step))):
             ledger.sync()
             saver.save(engine, position.step, position.cursor, loss=losses[0] if losses else None)
         recorder.saved(saver.finished())

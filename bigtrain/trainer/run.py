@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from bigtrain.config.derive import flops_per_token
@@ -15,6 +16,7 @@ from bigtrain.distributed.start import Runtime, start, stop
 from bigtrain.engine.engine import Engine
 from bigtrain.model.build import DTYPES
 from bigtrain.telemetry.console import Console
+from bigtrain.telemetry.goodput import Clock
 from bigtrain.telemetry.peak import device_peak
 from bigtrain.telemetry.recorder import Recorder
 from bigtrain.telemetry.report import write_report
@@ -33,6 +35,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
 
     Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
     begin = time.perf_counter()
+    clock = Clock(psutil.Process().create_time())
     with console.phase("joining the ranks"):
         runtime = start(config)
     _check_world(config, runtime.topology.world)
@@ -44,7 +47,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
     with console.phase("building the model"):
         engine = Engine(config, runtime)
     guard = Guard(config.anomaly)
-    saver = Saver(config, run_dir, data.tokenizer.files, guard)
+    saver = Saver(config, run_dir, data.tokenizer.files, guard, clock)
     position = Position(0, data.order.start())
     if resume:
         with console.phase(f"loading {resume[0]}"):
@@ -66,11 +69,12 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         resume_step=position.step,
         console=console,
         is_writer=runtime.is_main,
+        clock=clock,
     ) as recorder:
         for passed_over in saver.fallbacks:
             recorder.event("fallback", step=position.step, damaged=str(passed_over.folder), reason=passed_over.reason)
             console.note(f"{passed_over.reason}. It is now {passed_over.folder}; step {position.step} goes on instead")
-        run_of = Training(config, run_dir, runtime, data, engine, saver, guard, recorder, console)
+        run_of = Training(config, run_dir, runtime, data, engine, saver, guard, clock, recorder, console)
         position = run_of.train(position, throughput=throughput, stop=stop_signal)
         if name := stop_signal.received:
             recorder.event("stop", step=position.step, signal=name)
@@ -78,6 +82,8 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             goes_on = "; the same command goes on from there" if position.step < last_step(config) else ""
             if saver.last is not None and not saver.last.error:
                 console.note(f"stopped by {name}: {where}{goes_on}")
+        if spent := recorder.account():
+            console.note(spent.told())
     if runtime.is_main:
         try:
             write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=time.perf_counter() - begin)

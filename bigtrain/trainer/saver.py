@@ -29,8 +29,10 @@ from bigtrain.config.schema import Config
 from bigtrain.data.order import Cursor
 from bigtrain.engine import state as engine_state
 from bigtrain.engine.engine import Engine
+from bigtrain.telemetry.goodput import Clock
 from bigtrain.trainer import peers
 from bigtrain.trainer.anomaly import Guard
+from bigtrain.trainer.pace import Cost
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 
@@ -63,9 +65,16 @@ class Saver:
     """Saves to RUN/checkpoints and loads from there."""
 
     def __init__(
-        self, config: Config, run_dir: Path, tokenizer: Mapping[str, bytes], guard: Guard | None = None
+        self,
+        config: Config,
+        run_dir: Path,
+        tokenizer: Mapping[str, bytes],
+        guard: Guard | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        """`tokenizer`: its files by name, kept in every checkpoint, as is what `guard` knows. Collective."""
+        """`tokenizer`: its files by name, kept in every checkpoint, as is what `guard` knows. `clock` is told when
+        training waits. Collective."""
+        self._clock = clock or Clock(time.time())
         self._config, self._files = config, dict(tokenizer)
         self._guard = guard or Guard(config.anomaly)
         self.root = run_dir / "checkpoints"
@@ -81,6 +90,13 @@ class Saver:
         group = dist.new_group(backend="gloo") if config.checkpoint.async_ else None
         self._group = cast("dist.ProcessGroup | None", group)
 
+    @property
+    def cost(self) -> Cost | None:
+        """Of the last save; None while none has ended or one goes on."""
+        if self.last is None or (self._pending is not None and not self._pending.done()):
+            return None
+        return Cost(self.last.stall_s, self.last.seconds)
+
     def folder(self, step: int) -> Path:
         """Where the checkpoint of `step` is, once it is saved."""
         return folders.path_of(self.root, step)
@@ -89,6 +105,10 @@ class Saver:
         """Save the run at `step`; `finished` and `wait` tell how it went. Collective.
 
         Waits for the save before it. `loss`: held-out, where it was measured at this step."""
+        with self._clock.part("save_stall"):
+            self._save(engine, step, cursor, loss)
+
+    def _save(self, engine: Engine, step: int, cursor: Cursor, loss: float | None) -> None:
         begin = time.perf_counter()
         self._join()
         state, fragments = self._state(engine, step, cursor, loss), engine_state.fragments(engine)
@@ -109,7 +129,8 @@ class Saver:
 
     def wait(self) -> list[Outcome]:
         """As `finished`, once no save is under way any more."""
-        self._join()
+        with self._clock.part("save_stall"):
+            self._join()
         return self.finished()
 
     def load(self, engine: Engine, candidates: Sequence[Path]) -> tuple[int, Cursor]:

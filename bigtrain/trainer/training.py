@@ -6,6 +6,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.data.ledger import Begin
@@ -13,11 +16,13 @@ from bigtrain.data.passed_over import behind
 from bigtrain.distributed.start import Runtime
 from bigtrain.engine.engine import Engine
 from bigtrain.telemetry.console import Console
+from bigtrain.telemetry.goodput import Clock, mean_time_between_failures_s
 from bigtrain.telemetry.recorder import Recorder
 from bigtrain.trainer import peers, rewind
 from bigtrain.trainer.anomaly import Guard, Trouble
 from bigtrain.trainer.ledger_file import LedgerFile
 from bigtrain.trainer.loop import Position, Throughput, fit
+from bigtrain.trainer.pace import Pace
 from bigtrain.trainer.run_data import RunData
 from bigtrain.trainer.saver import Saver, checkpoints_to_resume
 from bigtrain.trainer.stopping import StopSignal
@@ -34,6 +39,7 @@ class Training:
     engine: Engine
     saver: Saver
     guard: Guard
+    clock: Clock
     recorder: Recorder
     console: Console
 
@@ -63,7 +69,9 @@ class Training:
                     recorder=self.recorder,
                     ledger=ledger,
                     throughput=throughput,
+                    clock=self.clock,
                     guard=self.guard,
+                    pace=self._pace(position.step),
                     stop=stop,
                 )
                 ledger.sync()
@@ -74,6 +82,7 @@ class Training:
                 raise self._stopped(position, trouble)
             found = rewind.check_possible(self.config, self.run_dir, trouble, windows)
             end = behind(windows, position.cursor.num_sequences) + self.config.train.global_batch_size
+            self.clock.go_on_with("replay")
             with self.console.phase(f"step {trouble.step}: {trouble.reason}: loading {found[0]}"):
                 position, _ = rewind.load(self.config, self.engine, self.saver, self.data.order, found)
             windows = rewind.pass_over(self.run_dir, trouble, position, end)
@@ -81,6 +90,22 @@ class Training:
                 f"back to step {position.step}, and on behind sequences {position.cursor.num_sequences:,} to "
                 f"{end - 1:,} of the data, which are passed over"
             )
+
+    def _pace(self, step: int) -> Pace:
+        is_main = self.runtime.is_main
+
+        def from_rank_0(number: int) -> int:
+            mine = torch.tensor([number if is_main else 0], dtype=torch.int64)
+            return int(self.runtime.all_reduce(mine, op=dist.ReduceOp.MAX).item())
+
+        return Pace(
+            self.config,
+            step,
+            cost=lambda: self.saver.cost,
+            mtbf_s=mean_time_between_failures_s([*self.recorder.past.attempts, self.clock.attempt()]),
+            from_rank_0=from_rank_0,
+            say=self.console.note,
+        )
 
     def _stopped(self, position: Position, trouble: Trouble) -> UserError:
         """Save the state in front of the trouble, if it is not there yet. Collective."""

@@ -26,8 +26,10 @@ from bigtrain.data.loader import StepBatch
 from bigtrain.data.mixture import Mixture, Stage
 from bigtrain.data.order import Cursor
 from bigtrain.engine.engine import LossSum
+from bigtrain.telemetry.goodput import Clock
 from bigtrain.trainer.anomaly import Guard
 from bigtrain.trainer.loop import Position, Throughput, due, fit, last_step, timed
+from bigtrain.trainer.pace import Pace
 
 MIXTURE = Mixture([Stage(0, {"data": Fraction(1)})], 8)
 CONFIG = Config(
@@ -120,6 +122,10 @@ class Ledger:
         pass
 
 
+def pace_of(config: Config, step: int) -> Pace:
+    return Pace(config, step, cost=lambda: None, mtbf_s=None, from_rank_0=lambda number: number, say=print)
+
+
 def run(
     config: Config,
     *,
@@ -142,6 +148,8 @@ def run(
         ledger=Ledger(log),  # type: ignore[arg-type]
         throughput=Throughput(flops_per_token=10.0, peak_flops_per_second=None),
         guard=guard or Guard(config.anomaly),
+        clock=Clock(time.time()),
+        pace=pace_of(config, start),
         stop=log,
     )
     return log, position
