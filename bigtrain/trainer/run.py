@@ -6,7 +6,6 @@ import os
 import time
 from pathlib import Path
 
-import psutil
 import torch
 
 from bigtrain.config.derive import flops_per_token
@@ -16,7 +15,7 @@ from bigtrain.distributed.start import Runtime, start, stop
 from bigtrain.engine.engine import Engine
 from bigtrain.model.build import DTYPES
 from bigtrain.telemetry.console import Console
-from bigtrain.telemetry.goodput import Clock
+from bigtrain.telemetry.goodput import Clock, process_start
 from bigtrain.telemetry.peak import device_peak
 from bigtrain.telemetry.recorder import Recorder
 from bigtrain.telemetry.report import write_report
@@ -35,7 +34,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
 
     Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
     begin = time.perf_counter()
-    clock = Clock(psutil.Process().create_time())
+    clock = Clock(process_start())
     with console.phase("joining the ranks"):
         runtime = start(config)
     _check_world(config, runtime.topology.world)

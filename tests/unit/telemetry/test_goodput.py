@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +185,14 @@ def test_mean_time_between_failures() -> None:
     assert mean_time_between_failures_s(run(False, False, True)) is None, "two are too few"
     assert mean_time_between_failures_s(run(False, True, False, False, False)) == 5 * 3600 / 3
     assert mean_time_between_failures_s([]) is None
+
+
+def test_when_a_process_was_started() -> None:
+    """Asked in a process that waits before it asks; the clock outside is the oracle."""
+    begin = time.time()
+    code = "import time; time.sleep(0.5); from bigtrain.telemetry.goodput import process_start; print(process_start())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert begin - 0.02 <= float(done.stdout) < time.time() - 0.45
 
 
 def test_one_line() -> None:
