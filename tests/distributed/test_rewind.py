@@ -227,3 +227,18 @@ def test_no_way_back(pool: PoolFactory, data: Path, tmp_path: Path) -> None:
     (error,) = pool(1).run(train, often, 3.0)
     assert "The run went back 2 times already, and anomaly.max_rewinds=2." in error
     assert committed(tmp_path / "often") == [BACK] and len(read(tmp_path / "often")) == 2
+
+
+def test_all_ranks_save_when_rank_0_says(pool: PoolFactory, data: Path, tmp_path: Path) -> None:
+    """checkpoint.interval=auto: by the clock of one; ranks that disagreed would wait for each other."""
+    wanted = config(tmp_path / "run", data, AnomalyConfig(), world=2, zero_stage=3)
+    wanted = replace(
+        wanted,
+        checkpoint=CheckpointConfig(interval="auto", keep=99, keep_every=3),
+        cluster=replace(wanted.cluster, mtbf_h=1e-5),
+    )
+    assert pool(2).run(train, wanted) == ["", ""]
+    saved = committed(tmp_path / "run")
+    assert {3, 6, 9, 12, STEPS} <= set(saved)
+    parts = [record for record in records(tmp_path / "run", "event") if record["name"] == "goodput"]
+    assert parts[-1]["ended"] and parts[-1]["save_stall_s"] > 0
