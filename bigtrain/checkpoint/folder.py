@@ -137,17 +137,17 @@ def commit(
     known = dict(written or {})
     for file in partial.iterdir():
         if file.name not in known:
-            _sync(file)
+            sync(file)
             known[file.name] = file_of(file)
     manifest = Manifest(dict(tensors or {}), known).to_json()
     _write(partial / MANIFEST, manifest)
-    _sync(partial)
+    sync(partial)
     if final.exists():  # of a run that went back behind this step
         _delete(final)
     partial.rename(final)
-    _sync(root)
+    sync(root)
     _write(final / COMMITTED, f"{hash_of(manifest)}\n".encode())
-    _sync(final)
+    sync(final)
     _turn_latest(root, final)
     return final
 
@@ -163,7 +163,7 @@ def _turn_latest(root: Path, target: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
     link.rename(root / LATEST)
-    _sync(root)
+    sync(root)
 
 
 def set_aside(folder: Path) -> Path:
@@ -236,7 +236,8 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -234,9 +234,9 @@ def _aside(out: Path, num_bytes: int) -> Generator[Path]:
         try:
             yield partial
             for file in partial.iterdir():
-                _sync(file)
+                folders.sync(file)
             partial.rename(out)
-            _sync(out.parent)
+            folders.sync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -261,11 +261,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # it is another user's
         return True
     return True
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

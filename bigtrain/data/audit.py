@@ -4,7 +4,8 @@ It works out from the data what the sequences of the ledger hold, and proves
 
 1. that all steps stand there once, and their sequences follow each other without a gap or a repeat;
 2. that what was fed is what the order says: the digests are those of the data;
-3. that no token of a document was a target twice in an epoch, and none was left out of an epoch that has ended.
+3. that no token of a document was a target twice in an epoch, and none was left out of an epoch that has ended. A
+   token of a prompt counts where it would be a target: it was read there, and not learned.
 
 Sequences that the run passed over on purpose (passed_over.py) may be missing between two steps, as a whole window; they
 count as consumed: no other step may have been fed them in that epoch.
@@ -34,7 +35,7 @@ class Audit:
     steps: int = 0
     sequences: int = 0
     tokens: int = 0
-    """Targets, without first tokens of documents and padding."""
+    """Predicted: without first tokens of documents, prompts and padding."""
     passed_over: int = 0
     """Sequences between the steps that were left out on purpose."""
     problems: list[str] = field(default_factory=list[str])
@@ -69,7 +70,7 @@ def audit(
             coverage.add(order.pieces(number))
     for entry in entries:
         windows = [order.sequence(number) for number in entry.sequences]
-        really = digest(window.tokens for window in windows)
+        really = digest((window.tokens for window in windows), [window.prompts for window in windows])
         if really != entry.digest and not any("was fed" in each for each in found.problems):
             repeats = f": it is what step {seen[entry.digest]} was fed" if entry.digest in seen else ""
             found.problems.append(
@@ -81,7 +82,7 @@ def audit(
         found.sequences += len(windows)
         for window in windows:
             coverage.add(window.pieces)
-            found.tokens += sum(piece.count - 1 for piece in window.pieces)
+            found.tokens += int(window.predicted.sum())
         if advance is not None:
             advance(1)
     consumed = max((entry.first + entry.size for entry in entries), default=begin.num_sequences)

@@ -8,7 +8,7 @@ does the end of the run. A save that fails leaves the checkpoints before it as t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -35,6 +35,8 @@ from bigtrain.trainer.anomaly import Guard
 from bigtrain.trainer.pace import Cost
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
+ORIGIN = ("init_from", "imported")
+"""Keys of state.json: where the run's first weights came from, and what an import of them wrote down."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,17 @@ class Saver:
                 self.fallbacks.append(Fallback(self._set_aside(folder), str(error)))
         raise ValueError("no checkpoint to load was named")
 
-    def load_weights(self, engine: Engine, folder: Path) -> None:
-        """Fill the weights of a fresh `engine` from any checkpoint of this model: imported, or of another run. Its
-        step, moments and data stay its own. Collective. Raises UserError where it is of another model or format."""
-        store.load_weights(folder, engine_state.fragments(engine))
+    def load_weights(
+        self, engine: Engine, read: Callable[[list[Fragment]], object], *, origin: Mapping[str, Any] | None = None
+    ) -> None:
+        """Fill only the weights of a fresh `engine`, by `read` (`OpenModel.read`). Its step, moments and data stay its
+        own, and its checkpoints say where the weights came from (`origin`: keys of ORIGIN). Collective.
+
+        Raises UserError where they are of another model."""
+        every = engine_state.fragments(engine)
+        read([replace(each, tensors={"weight": each.tensors["weight"]}) for each in every])
         engine_state.after_load(engine, adam_step=0)
+        self._carried = dict(origin or {})
 
     def _load(self, engine: Engine, folder: Path) -> tuple[int, Cursor]:
         state = store.load(folder, engine_state.fragments(engine))
@@ -159,7 +167,7 @@ class Saver:
         engine.steps_taken = state["step"]
         engine.loss_scale = replace(engine.loss_scale, **state["loss_scale"])
         self._guard.restore(state.get("anomaly", {}))
-        self._carried = {name: state[name] for name in ("imported",) if name in state}
+        self._carried = {name: state[name] for name in ORIGIN if name in state}
         return state["step"], Cursor.from_dict(state["cursor"])
 
     def _set_aside(self, folder: Path) -> Path:
