@@ -43,6 +43,8 @@ def _choices(config: Config) -> Iterator[Problem]:
             near = keys.nearest(value, key.choices, 1)
             fix = f"Choose {', '.join(key.choices)}" + (f"; nearest: {near[0]}" if near else "")
             yield Problem(key.path, value, "no such choice", fix)
+        if key.words and isinstance(value, str) and value not in key.words:
+            yield Problem(key.path, value, f"is not {key.kind}", f"Set it to {key.kind}")
 
 
 _COMPARE: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -69,6 +71,7 @@ _AT_LEAST_ONE = [
     "train.micro_batch_size",
     "data.num_lanes",
     "checkpoint.keep",
+    "anomaly.max_skips",
     "eval.num_batches",
     "eval.num_tokens",
     "tracker.log_interval",
@@ -94,6 +97,7 @@ _NOT_NEGATIVE = [
     "checkpoint.interval",
     "checkpoint.keep_every",
     "checkpoint.keep_best",
+    "anomaly.max_rewinds",
     "eval.interval",
     "model.attention_dropout",
     "model.hidden_dropout",
@@ -106,6 +110,9 @@ _RANGES: tuple[tuple[str, str, float], ...] = (
     ("train.sequence_length", ">=", 2),
     ("train.stop_after", ">=", 1),
     ("data.max_bad_fraction", "<", 1),
+    ("cluster.mtbf_h", ">", 0),
+    ("anomaly.window", ">=", 4),
+    ("anomaly.threshold", ">", 0),
     ("parallel.zero_stage", "<=", 3),
     ("model.rope_theta", ">", 0),
     ("model.norm_eps", ">", 0),
@@ -129,6 +136,8 @@ def _ranges(config: Config) -> Iterator[Problem]:
     for key, sign, bound in _RANGES:
         value = get(config, key)
         compare, words = _COMPARE[sign]
+        if isinstance(value, str):  # a word in place of a number
+            continue
         if value is not None and not math.isfinite(value):
             yield Problem(key, value, "is no finite number", f"Set {key} to a number, {words} {bound:g}")
         elif value is not None and not compare(value, bound):
@@ -244,6 +253,13 @@ def _schedule(config: Config, world: int) -> Iterator[Problem]:
 
 def _checkpoint(config: Config, world: int) -> Iterator[Problem]:
     interval, every, best = config.checkpoint.interval, config.checkpoint.keep_every, config.checkpoint.keep_best
+    if isinstance(interval, str):
+        if best:
+            message = (
+                "with checkpoint.interval=auto no step is known beforehand at which the loss is measured and saved"
+            )
+            yield Problem("checkpoint.keep_best", best, message, "Set checkpoint.interval to a number of steps")
+        return
     if every and (not interval or every % interval):
         message = f"checkpoints are made every checkpoint.interval={interval} steps"
         fix = _multiples("Set checkpoint.keep_every", every, interval) if interval else "Set checkpoint.interval"

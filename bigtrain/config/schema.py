@@ -280,12 +280,13 @@ class TokenizerConfig:
 class CheckpointConfig:
     """When the run is saved, and where it starts from."""
 
-    interval: int = 100
-    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    interval: int | str = field(default=100, metadata={"words": ("auto",)})
+    """Steps between checkpoints; the last step is always saved. 0: only the last. auto: as often as loses the least
+    time, from what a save costs, measured in the run, and from how often the job fails (cluster.mtbf_h)."""
     keep: int = 2
     """Newest checkpoints that are kept; older ones are deleted once a newer one is durable."""
     keep_every: int = 0
-    """Checkpoints whose step is a multiple of this are kept for good. 0: none."""
+    """Checkpoints whose step is a multiple of this are kept for good, and with interval=auto made as well. 0: none."""
     keep_best: int = 0
     """Checkpoints with the lowest held-out loss that are kept, of those that were evaluated at their step. 0: none."""
     async_: bool = True
@@ -298,6 +299,27 @@ class CheckpointConfig:
     """Where the first weights come from: a checkpoint of any layout, a run's folder (its newest) or a Hugging Face
     folder, of the same model and tokenizer. The run begins at step 0, with its own optimizer and data; one that has
     checkpoints goes on from them. Empty: random weights."""
+
+
+@dataclass(frozen=True)
+class AnomalyConfig:
+    """What is done where the numbers go wrong."""
+
+    non_finite: str = _choice("skip", "off", "skip", "rewind", "stop")
+    """Where the loss or the gradient norm is NaN or infinite. skip: the step changes nothing, and the run goes on
+    behind its data. rewind: back to the newest checkpoint, and on behind the data of this step. stop: save the state
+    before the step and end. off: as skip, however often. What only overflows at fp16's loss scale does not count."""
+    spike: str = _choice("off", "off", "skip", "rewind", "stop")
+    """Where the loss jumps: more than `threshold` deviations above the median of the last `window` losses."""
+    window: int = 128
+    """Losses that median and deviation are taken of; nothing is a spike before there are so many."""
+    threshold: float = 8.0
+    """Deviations above the median that make a spike: 1.4826 times the median absolute deviation each, and at least 1 %
+    of the median."""
+    max_skips: int = 10
+    """Steps skipped in a row, the last of which is a reason to rewind. No checkpoint is made among them."""
+    max_rewinds: int = 10
+    """Rewinds of a run; what would be one more stops it. 0: it never goes back."""
 
 
 @dataclass(frozen=True)
@@ -350,6 +372,10 @@ class ClusterConfig:
     """Slurm's time limit, D-HH:MM:SS."""
     requeue: bool = True
     """Slurm: queue the job again at the time limit, on preemption and on node failure; it goes on where it was."""
+    mtbf_h: float = 24.0
+    """Hours between failures of the whole job, for checkpoint.interval=auto; once the run has failed three times, its
+    own mean counts instead. For orientation: 1,024 GPUs fail about every 8 hours, 16,384 every 2 to 3
+    (https://arxiv.org/abs/2410.21680, https://arxiv.org/abs/2407.21783)."""
     cpus_per_proc: int = 8
     """Slurm's cpus-per-task."""
     setup: list[str] = field(default_factory=list[str])
@@ -372,6 +398,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,24 @@ import torch
 from bigtrain.config.derive import flops_per_token
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
-from bigtrain.data.ledger import Begin
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.distributed.start import Runtime, start, stop
 from bigtrain.engine.engine import Engine
 from bigtrain.engine.open_model import has_tokenizer, open_model
 from bigtrain.model.build import DTYPES
 from bigtrain.telemetry.console import Console
+from bigtrain.telemetry.goodput import Clock, process_start
 from bigtrain.telemetry.peak import device_peak
 from bigtrain.telemetry.recorder import Recorder
 from bigtrain.telemetry.report import write_report
-from bigtrain.trainer import peers
-from bigtrain.trainer.ledger_file import LedgerFile
-from bigtrain.trainer.loop import Position, Throughput, fit, last_step
+from bigtrain.trainer import rewind
+from bigtrain.trainer.anomaly import Guard
+from bigtrain.trainer.loop import Position, Throughput, last_step
 from bigtrain.trainer.run_data import RunData
 from bigtrain.trainer.saver import Saver, checkpoints_to_resume
 from bigtrain.trainer.stopping import StopSignal
 from bigtrain.trainer.summary import tells_of, write_summary
+from bigtrain.trainer.training import Training
 
 
 def run(config: Config, run_dir: Path, console: Console) -> None:
@@ -37,6 +37,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
 
     Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
     begin = time.perf_counter()
+    clock = Clock(process_start())
     with console.phase("joining the ranks"):
         runtime = start(config)
     _check_world(config, runtime.topology.world)
@@ -47,7 +48,8 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         data = RunData.open(config, runtime.topology)
     with console.phase("building the model"):
         engine = Engine(config, runtime)
-    saver = Saver(config, run_dir, data.tokenizer.files)
+    guard = Guard(config.anomaly)
+    saver = Saver(config, run_dir, data.tokenizer.files, guard, clock)
     began_from = None
     if resume:
         position = _go_on(config, resume, engine, saver, data, console)
@@ -63,37 +65,23 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         return stop()
     throughput = _throughput(config, runtime, console)
 
-    ledger = LedgerFile(run_dir, config, runtime.topology, Begin(position.step, position.cursor.num_sequences))
-    with (
-        closing(ledger),
-        Recorder(
-            run_dir,
-            config,
-            num_steps=last_step(config),
-            resume_step=position.step,
-            console=console,
-            is_writer=runtime.is_main,
-        ) as recorder,
-    ):
+    with Recorder(
+        run_dir,
+        config,
+        num_steps=last_step(config),
+        resume_step=position.step,
+        console=console,
+        is_writer=runtime.is_main,
+        clock=clock,
+    ) as recorder:
         if began_from is not None:
             recorder.event("init", step=0, **began_from)
         for passed_over in saver.fallbacks:
             recorder.event("fallback", step=position.step, damaged=str(passed_over.folder), reason=passed_over.reason)
             console.note(f"{passed_over.reason}. It is now {passed_over.folder}; step {position.step} goes on instead")
+        run_of = Training(config, run_dir, runtime, data, engine, saver, guard, clock, recorder, console)
         try:
-            position = fit(
-                config,
-                position,
-                engine=engine,
-                batches=peers.agreed(data.batches(position.cursor), runtime, data.order.allow),
-                evaluators=data.evaluators(),
-                epochs=data.order.epochs,
-                saver=saver,
-                recorder=recorder,
-                ledger=ledger,
-                throughput=throughput,
-                stop=stop_signal,
-            )
+            position = run_of.train(position, throughput=throughput, stop=stop_signal)
         finally:  # also where an error ends the run: what is under way may become durable
             recorder.saved(saver.wait())
         if name := stop_signal.received:
@@ -102,6 +90,8 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
                 goes_on = "; the same command goes on from there" if position.step < last_step(config) else ""
                 where = saver.folder(position.step)
                 console.note(f"stopped by {name}: step {position.step} is saved in {where}{goes_on}")
+        if spent := recorder.account():
+            console.note(spent.told())
     if runtime.is_main:
         _sum_up(run_dir, data, time.perf_counter() - begin, console)
     stop()
@@ -114,10 +104,10 @@ def _go_on(
 ) -> Position:
     """Load the first of `checkpoints` that is whole. Collective."""
     with console.phase(f"loading {checkpoints[0]}"):
-        step, cursor = saver.load(engine, checkpoints)
-        if data.order.go_on_from(cursor, accept_change=config.data.on_change == "accept"):
-            console.note(f"data.train: another mixture from sequence {cursor.num_sequences:,} on")
-        return Position(step, data.order.cursor(cursor.num_sequences))
+        position, is_changed = rewind.load(config, engine, saver, data.order, checkpoints)
+        if is_changed:
+            console.note(f"data.train: another mixture from sequence {position.cursor.num_sequences:,} on")
+        return position
 
 
 def _sum_up(run_dir: Path, data: RunData, wall_s: float, console: Console) -> None:

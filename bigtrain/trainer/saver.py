@@ -32,7 +32,10 @@ from bigtrain.config.schema import Config
 from bigtrain.data.order import Cursor
 from bigtrain.engine import state as engine_state
 from bigtrain.engine.engine import Engine
+from bigtrain.telemetry.goodput import Clock
 from bigtrain.trainer import peers
+from bigtrain.trainer.anomaly import Guard
+from bigtrain.trainer.pace import Cost
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 ORIGIN = ("init_from", "imported")
@@ -66,9 +69,19 @@ class Fallback:
 class Saver:
     """Saves to RUN/checkpoints and loads from there."""
 
-    def __init__(self, config: Config, run_dir: Path, tokenizer: Mapping[str, bytes]) -> None:
-        """`tokenizer`: its files by name, kept in every checkpoint. Collective."""
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        tokenizer: Mapping[str, bytes],
+        guard: Guard | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """`tokenizer`: its files by name, kept in every checkpoint, as is what `guard` knows. `clock` is told when
+        training waits. Collective."""
+        self._clock = clock or Clock(time.time())
         self._config, self._files = config, dict(tokenizer)
+        self._guard = guard or Guard(config.anomaly)
         self.root = run_dir / "checkpoints"
         self.fallbacks: list[Fallback] = []
         self._carried: dict[str, Any] = {}
@@ -82,6 +95,13 @@ class Saver:
         group = dist.new_group(backend="gloo") if config.checkpoint.async_ else None
         self._group = cast("dist.ProcessGroup | None", group)
 
+    @property
+    def cost(self) -> Cost | None:
+        """Of the last save; None while none has ended or one goes on."""
+        if self.last is None or (self._pending is not None and not self._pending.done()):
+            return None
+        return Cost(self.last.stall_s, self.last.seconds)
+
     def folder(self, step: int) -> Path:
         """Where the checkpoint of `step` is, once it is saved."""
         return folders.path_of(self.root, step)
@@ -90,6 +110,10 @@ class Saver:
         """Save the run at `step`; `finished` and `wait` tell how it went. Collective.
 
         Waits for the save before it. `loss`: held-out, where it was measured at this step."""
+        with self._clock.part("save_stall"):
+            self._save(engine, step, cursor, loss)
+
+    def _save(self, engine: Engine, step: int, cursor: Cursor, loss: float | None) -> None:
         begin = time.perf_counter()
         self._join()
         state, fragments = self._state(engine, step, cursor, loss), engine_state.fragments(engine)
@@ -110,7 +134,8 @@ class Saver:
 
     def wait(self) -> list[Outcome]:
         """As `finished`, once no save is under way any more."""
-        self._join()
+        with self._clock.part("save_stall"):
+            self._join()
         return self.finished()
 
     def load(self, engine: Engine, candidates: Sequence[Path]) -> tuple[int, Cursor]:
@@ -144,6 +169,7 @@ class Saver:
         engine_state.after_load(engine, adam_step=state["adam_step"])
         engine.steps_taken = state["step"]
         engine.loss_scale = replace(engine.loss_scale, **state["loss_scale"])
+        self._guard.restore(state.get("anomaly", {}))
         self._carried = {name: state[name] for name in ORIGIN if name in state}
         return state["step"], Cursor.from_dict(state["cursor"])
 
@@ -173,6 +199,7 @@ class Saver:
             "loss": loss if loss is None or math.isfinite(loss) else None,
             "adam_step": engine_state.adam_step(engine),
             "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
+            "anomaly": self._guard.to_dict(),
             "cursor": peers.whole(cursor, engine.runtime).to_dict(),
             "config": {name: value for name, value in config.items() if name not in ("cluster", "tracker")},
             "versions": {"bigtrain": bigtrain.__version__, **{name: version(name) for name in PACKAGES}},

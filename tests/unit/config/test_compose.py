@@ -91,6 +91,16 @@ def test_what_the_error_says_about_quoting_works() -> None:
     assert compose(['run.name="日本"', 'data.prepare.inputs=[a, "é b"]']).data.prepare.inputs == ["a", "é b"]
 
 
+def test_a_number_or_a_word() -> None:
+    assert [compose([f"checkpoint.interval={each}"]).checkpoint.interval for each in ("auto", "7", "1e2")] == [
+        "auto", 7, 100,
+    ]  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"^checkpoint\.interval=2\.5: checkpoint\.interval takes a whole number or auto\.$"
+    ):
+        compose(["checkpoint.interval=2.5"])
+
+
 def test_whole_numbers_may_be_written_as_1e3() -> None:
     train = compose(["train.num_steps=1e3", "+train.num_tokens=2.5e6", "optim.lr=1e-3"]).train
     assert (train.num_steps, train.num_tokens) == (1000, 2_500_000)
