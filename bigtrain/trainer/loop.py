@@ -18,6 +18,7 @@ from bigtrain.trainer.evaluator import Evaluator
 from bigtrain.trainer.ledger_file import LedgerFile
 from bigtrain.trainer.saver import Saver
 from bigtrain.trainer.stopping import StopSignal
+from bigtrain.trainer.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def fit(
     ledger: LedgerFile,
     throughput: Throughput,
     stop: StopSignal,
+    watchdog: Watchdog,
 ) -> Position:
     """Train from `start` to the last step, or to where `stop` is agreed on. Returns where it stopped, once the save of
     that step has ended.
@@ -68,7 +70,7 @@ def fit(
     position, last = start, last_step(config)
     if position.step >= last:
         return position
-    for batch, seconds in timed(batches):
+    for batch, seconds in timed(watchdog.steps(batches, done=position.step)):
         loss = engine.forward_backward(batch.microbatches)
         lr = config.optim.lr * share_of_peak(position.step, num_steps(config.train), config.schedule)
         grad_norm = engine.optimizer_step(lr)
@@ -98,7 +100,8 @@ def fit(
             recorder.saved(saver.wait())
         if ending or due(position.step, config.eval.interval):
             for name, evaluator in evaluators.items():
-                record = evaluator.evaluate(engine).as_record()
+                with watchdog.phase("eval"):
+                    record = evaluator.evaluate(engine).as_record()
                 recorder.evaluation(position.step, set=name, **record)
                 losses.append(record["loss"])
             recorder.epochs(position.step, epochs(position.cursor.num_sequences))

@@ -27,9 +27,10 @@ from bigtrain.trainer.run_data import RunData
 from bigtrain.trainer.saver import Saver, checkpoints_to_resume
 from bigtrain.trainer.stopping import StopSignal
 from bigtrain.trainer.summary import tells_of, write_summary
+from bigtrain.trainer.watchdog import Watchdog
 
 
-def run(config: Config, run_dir: Path, console: Console) -> None:
+def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> None:
     """Train `config` in `run_dir` on this rank, from its newest checkpoint on. Collective; every rank calls it.
 
     Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
@@ -44,7 +45,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         data = RunData.open(config, runtime.topology)
     with console.phase("building the model"):
         engine = Engine(config, runtime)
-    saver = Saver(config, run_dir, data.tokenizer.files)
+    saver = Saver(config, run_dir, data.tokenizer.files, watchdog)
     position = Position(0, data.order.start())
     if resume:
         with console.phase(f"loading {resume[0]}"):
@@ -89,6 +90,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
             ledger=ledger,
             throughput=throughput,
             stop=stop_signal,
+            watchdog=watchdog,
         )
         if name := stop_signal.received:
             recorder.event("stop", step=position.step, signal=name)

@@ -30,6 +30,7 @@ from bigtrain.data.order import Cursor
 from bigtrain.engine import state as engine_state
 from bigtrain.engine.engine import Engine
 from bigtrain.trainer import peers
+from bigtrain.trainer.watchdog import Watchdog
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 
@@ -61,9 +62,11 @@ class Fallback:
 class Saver:
     """Saves to RUN/checkpoints and loads from there."""
 
-    def __init__(self, config: Config, run_dir: Path, tokenizer: Mapping[str, bytes]) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, tokenizer: Mapping[str, bytes], watchdog: Watchdog | None = None
+    ) -> None:
         """`tokenizer`: its files by name, kept in every checkpoint. Collective."""
-        self._config, self._files = config, dict(tokenizer)
+        self._config, self._files, self._watchdog = config, dict(tokenizer), watchdog or Watchdog()
         self.root = run_dir / "checkpoints"
         self.fallbacks: list[Fallback] = []
         self._carried: dict[str, Any] = {}
@@ -74,7 +77,7 @@ class Saver:
         self.last: Outcome | None = None
         """How the last save ended; None before the first has."""
         # the thread's collectives must not mix with those of the step
-        group = dist.new_group(backend="gloo") if config.checkpoint.async_ else None
+        group = dist.new_group(backend="gloo", group_desc="checkpoint") if config.checkpoint.async_ else None
         self._group = cast("dist.ProcessGroup | None", group)
 
     def folder(self, step: int) -> Path:
@@ -167,7 +170,8 @@ class Saver:
         keep = folders.Keep(wanted.keep, wanted.keep_every, wanted.keep_best)
         num_bytes, error = 0, ""
         try:
-            saved = store.save(self.root, step, fragments, state, keep=keep, files=self._files, group=self._group)
+            with self._watchdog.phase("save"):
+                saved = store.save(self.root, step, fragments, state, keep=keep, files=self._files, group=self._group)
             num_bytes = saved.num_bytes if saved else 0
         except store.SaveError as raised:
             error = str(raised)
@@ -176,7 +180,8 @@ class Saver:
     def _join(self) -> None:
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._end(pending.result())
+            with self._watchdog.phase("save", is_measured=False):
+                self._end(pending.result())
 
     def _end(self, outcome: Outcome) -> None:
         self.last = outcome
