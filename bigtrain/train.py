@@ -70,7 +70,7 @@ def _say_crash(error: Exception, run_dir: Path, rank: int, step: int) -> None:
     with contextlib.suppress(OSError):
         crash = failures.write_crash(run_dir, rank, error, text, step=step)
         if crash["lost_peer"]:
-            text = f"{named}\nanother rank is gone; the traceback: {failures.crash_file(run_dir, rank)}\n"
+            text = f"{named[:200]}\nanother rank is gone; the traceback: {failures.crash_file(run_dir, rank)}\n"
         elif not is_spoken_for:
             failures.append_event(run_dir, "crash", rank=rank, cause=named, step=step)
     print(text if is_spoken_for else f"{text}error: {named}\n", end="", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -28,6 +28,9 @@ from bigtrain.trainer.saver import Saver, checkpoints_to_resume
 from bigtrain.trainer.stopping import StopSignal
 from bigtrain.trainer.summary import tells_of, write_summary
 from bigtrain.trainer.watchdog import Watchdog
+
+LAST_SAVE_S = 10.0
+"""Of a rank that failed, for a save under way."""
 
 
 def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> None:
@@ -74,10 +77,12 @@ def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> 
             console=console,
             is_writer=runtime.is_main,
         ) as recorder,
+        ExitStack() as on_failure,
     ):
         for passed_over in saver.fallbacks:
             recorder.event("fallback", step=position.step, damaged=str(passed_over.folder), reason=passed_over.reason)
             console.note(f"{passed_over.reason}. It is now {passed_over.folder}; step {position.step} goes on instead")
+        on_failure.callback(saver.let_end, LAST_SAVE_S)
         position = fit(
             config,
             position,
@@ -92,6 +97,7 @@ def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> 
             stop=stop_signal,
             watchdog=watchdog,
         )
+        on_failure.pop_all()
         if name := stop_signal.received:
             recorder.event("stop", step=position.step, signal=name)
             where = f"step {position.step} is saved in {saver.folder(position.step)}"

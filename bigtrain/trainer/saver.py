@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -110,6 +111,12 @@ class Saver:
         """As `finished`, once no save is under way any more."""
         self._join()
         return self.finished()
+
+    def let_end(self, timeout_s: float) -> None:
+        """On the way out of a rank that failed: a save under way may become durable, if the others can still do their
+        part. Not collective, and raises nothing."""
+        if self._pending is not None:
+            futures.wait([self._pending], timeout_s)
 
     def load(self, engine: Engine, candidates: Sequence[Path]) -> tuple[int, Cursor]:
         """Fill `engine` from the first of `candidates` that is whole; returns its step and its place in the data.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from types import FrameType
 from typing import Any
 
+_INSTALLED = re.compile(r".*/(?:site-packages|dist-packages|lib/python3\.\d+)/(.*)|.*/(bigtrain/.*)")
 _DEEPEST = 64
 """Frames of a thread that are kept, from the innermost."""
 
@@ -65,8 +67,5 @@ def _frames(frame: FrameType | None) -> list[list[Any]]:
 
 def short(file: str) -> str:
     """Ours from bigtrain/ on, a library's without the folder that it is installed in."""
-    _, installed, inside = file.rpartition("/site-packages/")
-    if installed:
-        return inside
-    before, ours, inside = file.rpartition("/bigtrain/")
-    return f"bigtrain/{inside}" if ours and before else file
+    found = _INSTALLED.fullmatch(file)
+    return (found[1] or found[2]) if found else file

@@ -17,7 +17,7 @@ _WAITS_FOR_RANKS = (
     "deepspeed/comm/",
     "megatron/core/pipeline_parallel/p2p_communication",
 )
-_PYTHON_WAITS = ("/threading.py", "/queue.py", "/concurrent/futures/thread.py", "/selectors.py")
+_PYTHON_WAITS = ("threading.py", "queue.py", "concurrent/futures/thread.py", "selectors.py")
 _OUR_THREADS = ("data", "read-ahead", "download", "checkpoint")
 _WRAPPERS = ("wrapper", "inner", "log_wrapper", "wait")
 
@@ -28,9 +28,7 @@ def verdict(alarm: Mapping[str, Any], reports: Mapping[int, Mapping[str, Any]], 
     threads = {rank: _thread(report) for rank, report in sorted(reports.items())}
     waiting = {rank: _collective(thread) for rank, thread in threads.items() if _waits(reports[rank], thread)}
     stuck = {
-        rank: f"is in {where(thread)}{_helper(reports[rank], thread)}"
-        for rank, thread in threads.items()
-        if rank not in waiting
+        rank: f"is in {_of_threads(reports[rank], thread)}" for rank, thread in threads.items() if rank not in waiting
     }
     causes = _together(silent) + _together(stuck)
     if causes:
@@ -48,23 +46,27 @@ def where(thread: Mapping[str, Any]) -> str:
     frames: Sequence[Sequence[Any]] = thread["frames"]
     if not frames:
         return "an unknown place"
-    ours = next((frame for frame in frames if frame[0].startswith("bigtrain/")), frames[0])
+    ours = next((frame for frame in frames if _is_ours(frame)), frames[0])
     inside = f", in {_line(frames[0])}" if ours is not frames[0] else ""
     return _line(ours) + inside
 
 
-def _helper(report: Mapping[str, Any], thread: Mapping[str, Any]) -> str:
-    """The thread of ours that another one waits for in Python: one that reads data, or saves."""
-    if not _is_idle(thread):
-        return ""
-    for each in report["threads"]:
-        if each is not thread and not _is_idle(each) and each["name"].startswith(_OUR_THREADS):
-            return f", which waits for thread {each['name']} in {where(each)}"
-    return ""
+def _of_threads(report: Mapping[str, Any], thread: Mapping[str, Any]) -> str:
+    """Where the thread is, or where the one is that it waits for in Python: one of ours that reads data, or saves."""
+    if _is_idle(thread):
+        for each in report["threads"]:
+            if each is not thread and not _is_idle(each) and each["name"].startswith(_OUR_THREADS):
+                ours = next((frame for frame in thread["frames"] if _is_ours(frame)), thread["frames"][0])
+                return f"{_line(ours)}, which waits for thread {each['name']} in {where(each)}"
+    return where(thread)
 
 
 def _is_idle(thread: Mapping[str, Any]) -> bool:
-    return not thread["frames"] or str(thread["frames"][0][0]).endswith(_PYTHON_WAITS)
+    return bool(thread["frames"]) and str(thread["frames"][0][0]) in _PYTHON_WAITS
+
+
+def _is_ours(frame: Sequence[Any]) -> bool:
+    return str(frame[0]).startswith("bigtrain/")
 
 
 def ranks(numbers: Iterable[int]) -> str:

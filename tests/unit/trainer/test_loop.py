@@ -18,6 +18,7 @@ from bigtrain.data.mixture import Mixture, Stage
 from bigtrain.data.order import Cursor
 from bigtrain.engine.engine import LossSum
 from bigtrain.trainer.loop import Position, Throughput, due, fit, last_step, timed
+from bigtrain.trainer.watchdog import Watchdog
 
 MIXTURE = Mixture([Stage(0, {"data": Fraction(1)})], 8)
 CONFIG = Config(
@@ -123,6 +124,7 @@ def run(
         ledger=Ledger(log),  # type: ignore[arg-type]
         throughput=Throughput(flops_per_token=10.0, peak_flops_per_second=None),
         stop=log,
+        watchdog=Watchdog(),
     )
     return log, position
 
