@@ -22,7 +22,11 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.help import help_text, keys_text
 from bigtrain.config.schema import Config
 from bigtrain.config.vendors import check_versions
+<<<<<<< HEAD
 from bigtrain.launching import attempts, local, machine, outcome, slurm
+=======
+from bigtrain.launching import init_from, local, machine, outcome, slurm
+>>>>>>> five
 from bigtrain.launching.lock import only_launch
 from bigtrain.launching.plan import plan, prepare_command
 from bigtrain.launching.preflight import preflight
@@ -68,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.for_hydra:
             return _ask_hydra(argv, arguments.overrides)
-        return launch(machine.resolve(config, cwd=Path.cwd()), arguments, began=began)
+        return launch(init_from.settled(machine.resolve(config, cwd=Path.cwd())), arguments, began=began)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -93,6 +97,7 @@ def launch(config: Config, arguments: Arguments, *, began: float) -> int:
         if finished and not arguments.freeze:
             print("\n".join(finished))
             return 0
+        init_from.copy_tokenizer(config)
         configs.save(config, config.run.dir)
         status = _prepare(config)
         return status if status or arguments.freeze else _start(config, arguments.settings, began)

@@ -55,10 +55,18 @@ def show_command(options: argparse.Namespace) -> int:
         begin = 0
         for piece in window.pieces:
             console.print(f"  {told(order, piece)}", style="cyan")
-            text = tokenizer.decode(window.tokens[begin : begin + piece.count].tolist())
-            begin += piece.count
-            shown = text[: options.characters]
-            console.print(shown + "..." * (len(shown) < len(text)), style="dim")
+            end = begin + piece.count
+            asked = next((stop for start, stop in window.prompts if start == begin), begin)
+            for name, tokens in (("prompt", window.tokens[begin:asked]), ("", window.tokens[asked:end])):
+                if name and len(tokens):
+                    console.print(f"  its prompt, {len(tokens)} tokens that are not learned:", style="cyan")
+                elif asked > begin:
+                    console.print(f"  then {len(tokens)} tokens that are:", style="cyan")
+                if len(tokens):
+                    text = tokenizer.decode(tokens.tolist())
+                    shown = text[: options.characters]
+                    console.print(shown + "..." * (len(shown) < len(text)), style="dim")
+            begin = end
     return 0
 
 

@@ -290,6 +290,13 @@ def time_limit_minutes(text: str) -> int | None:
     return -(-total // 60) or None
 
 
+def _start(config: Config, world: int) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    if checkpoint.init_from and checkpoint.resume not in ("auto", "never"):
+        message = f"a run starts from weights, or goes on from checkpoint.resume={checkpoint.resume}, not both"
+        yield Problem("checkpoint.init_from", checkpoint.init_from, message, "Leave one of them out")
+
+
 _Rule = Callable[[Config, int], Iterator[Problem]]
 _RULES: tuple[tuple[tuple[str, ...], _Rule], ...] = (
     ((), _run),
@@ -332,6 +339,7 @@ _RULES: tuple[tuple[tuple[str, ...], _Rule], ...] = (
     ),
     (("checkpoint.interval", "checkpoint.keep_every", "checkpoint.keep_best", "eval.interval"), _checkpoint),
     ((), data_problems),
+    ((), _start),
     ((), _cluster),
 )
 

@@ -182,6 +182,8 @@ class SourceConfig:
     """Weights from later on: [{from_tokens: 2_000_000_000, weight: 0.5}]. Not used for held-out data."""
     field: str = "text"
     """Of raw text: key of the text in .json members of the tars."""
+    prompt_field: str = ""
+    """Of raw text: key of a prompt in them, which stands before the text and is not learned; empty: none."""
     set: str = ""
     """Held-out data: the evaluation set that this belongs to; empty for the only one. Letters, digits, _ and -."""
 
@@ -197,6 +199,9 @@ class PrepareConfig:
     """Patterns of paths that are left out; * matches / too, and a relative pattern matches at any depth."""
     json_field: str = "text"
     """Key in JSON lines, or column in parquet, that holds the text."""
+    prompt_field: str = ""
+    """Key in JSON lines that holds a prompt, which stands before the text and is not learned; empty: none. For pairs to
+    fine-tune on: data.prepare.prompt_field=prompt data.prepare.json_field=completion."""
     out: str = ""
     """Folder that gets train/ and valid/."""
     held_out: float = 0.05
@@ -289,6 +294,10 @@ class CheckpointConfig:
     resume: str = "auto"
     """Where a run without checkpoints of its own starts: auto and never afresh, or a checkpoint's path. A run that has
     some goes on from its newest; never then refuses to start."""
+    init_from: str = ""
+    """Where the first weights come from: a checkpoint of any layout, a run's folder (its newest) or a Hugging Face
+    folder, of the same model and tokenizer. The run begins at step 0, with its own optimizer and data; one that has
+    checkpoints goes on from them. Empty: random weights."""
 
 
 @dataclass(frozen=True)

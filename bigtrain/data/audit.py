@@ -4,7 +4,8 @@ It works out from the data what the sequences of the ledger hold, and proves
 
 1. that all steps stand there once, and their sequences follow each other without a gap or a repeat;
 2. that what was fed is what the order says: the digests are those of the data;
-3. that no token of a document was a target twice in an epoch, and none was left out of an epoch that has ended.
+3. that no token of a document was a target twice in an epoch, and none was left out of an epoch that has ended. A
+   token of a prompt counts where it would be a target: it was read there, and not learned.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Audit:
     steps: int = 0
     sequences: int = 0
     tokens: int = 0
-    """Targets, without first tokens of documents and padding."""
+    """Predicted: without first tokens of documents, prompts and padding."""
     problems: list[str] = field(default_factory=list[str])
     """The first of each kind; empty where all is proven."""
     epochs: dict[str, list[tuple[int, int]]] = field(default_factory=dict[str, list[tuple[int, int]]])
@@ -53,7 +54,7 @@ def audit(
         coverage.add(order.pieces(number))
     for entry in entries:
         windows = [order.sequence(number) for number in entry.sequences]
-        really = digest(window.tokens for window in windows)
+        really = digest((window.tokens for window in windows), [window.prompts for window in windows])
         if really != entry.digest and not any("was fed" in each for each in found.problems):
             repeats = f": it is what step {seen[entry.digest]} was fed" if entry.digest in seen else ""
             found.problems.append(
@@ -65,7 +66,7 @@ def audit(
         found.sequences += len(windows)
         for window in windows:
             coverage.add(window.pieces)
-            found.tokens += sum(piece.count - 1 for piece in window.pieces)
+            found.tokens += int(window.predicted.sum())
         if advance is not None:
             advance(1)
     consumed = max((entry.first + entry.size for entry in entries), default=begin.num_sequences)

@@ -38,7 +38,7 @@ class StepBatch:
     wait_s: float
     """Seconds that the caller waited for it."""
     digest: str = ""
-    """Of its tokens (data/ledger.py)."""
+    """Of its tokens and prompts (data/ledger.py)."""
     skipped: tuple[Skipped, ...] = ()
     """Bad documents that were passed over since the batch before."""
 
@@ -75,7 +75,9 @@ def batches(
     def read(step: int) -> StepBatch:
         rows = order.rows(numbers(step))
         cursor = order.cursor(start.num_sequences + (step + 1) * global_batch_size)
-        return StepBatch(cut(rows, micro_batch_size), cursor, 0.0, digest([rows.tokens_BT]), order.faults.take())
+        return StepBatch(
+            cut(rows, micro_batch_size), cursor, 0.0, digest([rows.tokens_BT], rows.prompts_B), order.faults.take()
+        )
 
     order.use_threads(num_workers)
     if num_workers == 0:
@@ -159,7 +161,11 @@ def cut(rows: Rows, micro_batch_size: int) -> tuple[Microbatch, ...]:
     def part(of: slice) -> Microbatch:
         tokens_BS, targets_BS = rows.tokens_BT[of, :-1], rows.tokens_BT[of, 1:]
         return Microbatch(
-            torch.from_numpy(tokens_BS), torch.from_numpy(targets_BS), rows.starts_B[of], rows.num_tokens_B[of]
+            torch.from_numpy(tokens_BS),
+            torch.from_numpy(targets_BS),
+            rows.starts_B[of],
+            rows.num_tokens_B[of],
+            rows.prompts_B[of],
         )
 
     firsts = range(0, len(rows.starts_B), micro_batch_size)

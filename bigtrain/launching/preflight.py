@@ -13,7 +13,7 @@ from bigtrain.config import keys, locations
 from bigtrain.config.check import Problem, get
 from bigtrain.config.frozen import FILE
 from bigtrain.config.schema import Config
-from bigtrain.launching import machine
+from bigtrain.launching import init_from, machine
 from bigtrain.launching.wandb_key import has_wandb_key
 
 UNCHANGING = [
@@ -40,6 +40,7 @@ def preflight(config: Config, *, prepared: bool) -> list[Problem]:
     return [
         *_run_folder(config),
         *_resume(config),
+        *init_from.problems(config),
         *_login(config),
         *(_device(config) if config.cluster.kind == "local" else ()),
         *(_prepared_data(config) if prepared else _inputs(config)),
@@ -189,6 +190,8 @@ def _names_tars(path: str) -> bool:
 
 def _missing_tokenizer(config: Config) -> Iterator[Problem]:
     path = config.tokenizer.path
+    if init_from.will_copy_tokenizer(config):
+        return
     if not locations.is_remote(path) and not Path(path).exists():
         fix = "Train one with tools/tokenizer.py train, or name another"
         yield Problem("tokenizer.path", path, "no such file", fix)

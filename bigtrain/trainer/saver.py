@@ -8,7 +8,7 @@ does the end of the run. A save that fails leaves the checkpoints before it as t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,6 +34,9 @@ from bigtrain.trainer import peers
 from bigtrain.trainer.watchdog import Watchdog
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
+LAST_SAVE_S = 10.0
+ORIGIN = ("init_from", "imported")
+"""Keys of state.json: where the run's first weights came from, and what an import of them wrote down."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,11 @@ class Saver:
         self._join()
         return self.finished()
 
-    def let_end(self, timeout_s: float) -> None:
-        """On the way out of a rank that failed: a save under way may become durable, if the others can still do their
-        part. Not collective, and raises nothing."""
+    def close(self) -> None:
+        """On the way out of a rank that failed: a save under way has LAST_SAVE_S to become durable, if the other ranks
+        can still do their part. Not collective, and raises nothing."""
         if self._pending is not None:
-            futures.wait([self._pending], timeout_s)
+            futures.wait([self._pending], LAST_SAVE_S)
 
     def load(self, engine: Engine, candidates: Sequence[Path]) -> tuple[int, Cursor]:
         """Fill `engine` from the first of `candidates` that is whole; returns its step and its place in the data.
@@ -132,18 +135,24 @@ class Saver:
                 self.fallbacks.append(Fallback(self._set_aside(folder), str(error)))
         raise ValueError("no checkpoint to load was named")
 
-    def load_weights(self, engine: Engine, folder: Path) -> None:
-        """Fill the weights of a fresh `engine` from any checkpoint of this model: imported, or of another run. Its
-        step, moments and data stay its own. Collective. Raises UserError where it is of another model or format."""
-        store.load_weights(folder, engine_state.fragments(engine))
+    def load_weights(
+        self, engine: Engine, read: Callable[[list[Fragment]], object], *, origin: Mapping[str, Any] | None = None
+    ) -> None:
+        """Fill only the weights of a fresh `engine`, by `read` (`OpenModel.read`). Its step, moments and data stay its
+        own, and its checkpoints say where the weights came from (`origin`: keys of ORIGIN). Collective.
+
+        Raises UserError where they are of another model."""
+        every = engine_state.fragments(engine)
+        read([replace(each, tensors={"weight": each.tensors["weight"]}) for each in every])
         engine_state.after_load(engine, adam_step=0)
+        self._carried = dict(origin or {})
 
     def _load(self, engine: Engine, folder: Path) -> tuple[int, Cursor]:
         state = store.load(folder, engine_state.fragments(engine))
         engine_state.after_load(engine, adam_step=state["adam_step"])
         engine.steps_taken = state["step"]
         engine.loss_scale = replace(engine.loss_scale, **state["loss_scale"])
-        self._carried = {name: state[name] for name in ("imported",) if name in state}
+        self._carried = {name: state[name] for name in ORIGIN if name in state}
         return state["step"], Cursor.from_dict(state["cursor"])
 
     def _set_aside(self, folder: Path) -> Path:

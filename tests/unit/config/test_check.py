@@ -135,6 +135,7 @@ def test_a_sound_config_has_no_problem() -> None:
             "no source has a weight above 0 from token 900 on",
         ),
         ({"data__prepare": PrepareConfig(inputs=["*.py"])}, "data.prepare.out", "empty"),
+        ({"data__prepare": PrepareConfig(prompt_field="text")}, "data.prepare.prompt_field", "field of the text too"),
         ({"data__prepare": PrepareConfig(inputs=["*.py"], out="s3://b/x")}, "data.prepare.out", "built on a disk"),
         (
             {"data__prepare": PrepareConfig(inputs=["*.py"], out="out"), "model__vocab_size": 2048},

@@ -42,7 +42,8 @@ def test_every_preset_composes_and_is_sound(group: str) -> None:
 
 @pytest.mark.parametrize("override", [f"+{group}={name}" for group in APPENDED_GROUPS for name in presets(group)])
 def test_every_cluster_and_experiment_is_sound(override: str) -> None:
-    config = compose([override])
+    named = {"+experiment=finetune": ["checkpoint.init_from=runs/x", "cluster.procs_per_node=4"]}
+    config = compose([override, *named.get(override, [])])
     assert check(config, world_size(config)) == []
 
 

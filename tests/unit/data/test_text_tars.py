@@ -440,7 +440,7 @@ def test_the_documents_of_all_lanes_are_kept(tars: TextTars, monkeypatch: pytest
     lanes, counted = lanes_of(tars, 8), Counter[int]()
     really = tars._tokenize
 
-    def counting(document: int) -> np.ndarray:
+    def counting(document: int) -> tuple[np.ndarray, int]:
         counted[document] += 1
         return really(document)
 
