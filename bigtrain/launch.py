@@ -22,11 +22,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.help import help_text, keys_text
 from bigtrain.config.schema import Config
 from bigtrain.config.vendors import check_versions
-<<<<<<< HEAD
-from bigtrain.launching import attempts, local, machine, outcome, slurm
-=======
-from bigtrain.launching import init_from, local, machine, outcome, slurm
->>>>>>> five
+from bigtrain.launching import attempts, init_from, local, machine, outcome, slurm
 from bigtrain.launching.lock import only_launch
 from bigtrain.launching.plan import plan, prepare_command
 from bigtrain.launching.preflight import preflight
