@@ -31,15 +31,15 @@ def threads() -> list[dict[str, Any]]:
 
 
 def last_collectives() -> dict[int, dict[str, Any]]:
-    """By thread, from torch's flight recorder, which is on by default, for gloo and NCCL."""
-    c10d: Any = sys.modules.get("torch._C._distributed_c10d")
-    dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
-    if dump is None:
-        return {}
-    try:
-        entries = json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", [])
-    except (TypeError, ValueError, RuntimeError):  # another version's: the stacks must do
-        return {}
+    """By thread, from torch's flight recorders, which are on by default: one of NCCL, one of gloo."""
+    c10d = sys.modules.get("torch._C._distributed_c10d")
+    entries: list[dict[str, Any]] = []
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        try:
+            entries += json.loads(getattr(c10d, name)(includeCollectives=True, onlyActive=False))["entries"]
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):  # not there: the stacks must do
+            continue
+    entries.sort(key=lambda entry: entry.get("time_created_ns", 0))
     last: dict[int, dict[str, Any]] = {}
     for entry in entries:
         last[int(entry.get("thread_id") or 0)] = {
