@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> 
             is_writer=runtime.is_main,
         ) as recorder,
     ):
+        watchdog.on_hang = partial(recorder.close, failed=True)
         if began_from is not None:
             recorder.event("init", step=0, **began_from)
         for passed_over in saver.fallbacks:

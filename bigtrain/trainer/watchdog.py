@@ -39,6 +39,7 @@ SILENT_S = 5.0
 """Without a turn of the thread, after which the timer in C writes the stacks."""
 ENDS_S = 25.0
 """From the alarm, after which the process ends without a verdict."""
+CLOSES_S = 5.0
 _REMEMBERED = 50
 """Phases of a kind whose median counts."""
 
@@ -87,6 +88,8 @@ class Watchdog:
     clock: Callable[[], float] = time.monotonic
     step: int = 0
     """The step that the rank is in; 0 before the first."""
+    on_hang: Callable[[], None] | None = None
+    """Called, from a thread of its own and for CLOSES_S at most, before a rank that hangs ends."""
     _open: dict[int, list[_Open]] = field(default_factory=dict[int, list[_Open]])
     """By thread, the innermost last."""
     _took: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=_REMEMBERED)))
@@ -201,7 +204,10 @@ class Watchdog:
         try:
             place = {"phase": alarm["phase"], "step": self.step, "thread": self.thread_in(alarm["phase"])}
             hang.answer(place, stacks.threads())
+            closing = threading.Thread(target=self.on_hang, daemon=True)
+            closing.start()
             hang.conclude(alarm)
+            closing.join(CLOSES_S)
         finally:
             os._exit(HUNG)
 

@@ -78,6 +78,12 @@ class Failed:
         (found,) = [record for record in records(self.run_dir, "event") if record["name"] == name]
         return found
 
+    def wandb_status(self) -> int:
+        """What W&B took down as the run's exit status."""
+        (file,) = (self.run_dir / "wandb").glob("offline-run-*/*.wandb")
+        (status,) = [record.exit.exit_code for record in read_finished(file) if record.HasField("exit")]
+        return status
+
     @property
     def steps(self) -> list[int]:
         return [record["step"] for record in records(self.run_dir, "train")]
@@ -100,7 +106,7 @@ def run(config: Config, *, rank: int, place: str, call: int, act: str, once: boo
 
 
 def test_a_rank_that_is_stopped(data: Path, tmp_path: Path) -> None:
-    config = config_for(tmp_path / "run", data, step_s=4.0)
+    config = replace(config_for(tmp_path / "run", data, step_s=4.0), tracker=TrackerConfig())
     failed = run(config, rank=1, place="step", call=6, act="stop")
     assert failed.status == HUNG, failed.lines
     verdict = failed.lines[-1].removeprefix("error: ")
@@ -118,6 +124,7 @@ def test_a_rank_that_is_stopped(data: Path, tmp_path: Path) -> None:
     (main,) = [thread for thread in found["threads"] if thread["ident"] == found["thread"]]
     assert "bigtrain/trainer/loop.py" in [frame[0] for frame in main["frames"]]
     assert not (failed.run_dir / "logs" / "hang" / "rank-1.json").exists()
+    assert failed.wandb_status() == 1
 
 
 def test_data_that_does_not_come(data: Path, tmp_path: Path) -> None:
@@ -142,8 +149,7 @@ def test_a_rank_that_is_killed(data: Path, tmp_path: Path) -> None:
     assert failed.event("crash").items() >= {"rank": 1, "step": 6}.items()
     assert failed.seconds < 30 and committed(failed.run_dir) == [4]
     assert not any("Traceback" in line for line in failed.lines), "rank 0 has only lost it"
-    (wandb,) = (failed.run_dir / "wandb").glob("offline-run-*/*.wandb")
-    assert [record.exit.exit_code for record in read_finished(wandb) if record.HasField("exit")] == [1]
+    assert failed.wandb_status() == 1
 
 
 def test_a_rank_that_raises_is_started_again_once(data: Path, tmp_path: Path) -> None:

@@ -99,12 +99,16 @@ class Scene:
         return re.sub(r":\d+", "", self.verdict())
 
 
+def leave_alarm(run_dir: Path, *, age_s: float) -> None:
+    start = failures.start_of(os.environ | {"MASTER_PORT": "1"})
+    alarm = {"start": start, "time": time.time() - age_s, "rank": 0, "phase": "step", "step": 1, "seconds": 9.0}
+    failures.write_json(failures.hang_file(run_dir, f"alarm-{start}.json"), {**alarm, "limit_s": 8.0})
+
+
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Scene]]:
     folder = tmp_path_factory.mktemp("scenes")
-    start = failures.start_of(os.environ | {"MASTER_PORT": "1"})
-    old = {"start": start, "time": time.time() - 3600, "rank": 0, "phase": "step", "step": 1}
-    failures.write_json(failures.hang_file(folder / "an-old-alarm", f"alarm-{start}.json"), old)
+    leave_alarm(folder / "an-old-alarm", age_s=5)
     found = {name: Scene(folder / name.replace(" ", "-"), acts) for name, acts in SCENES.items()}
     for name in ("rank 0 is stopped", "stopped for a while"):
         scene = found[name]
@@ -156,8 +160,10 @@ def test_a_rank_that_never_started(scenes: Callable[[str], Scene]) -> None:
 
 
 def test_an_alarm_of_an_earlier_start_is_none(scenes: Callable[[str], Scene]) -> None:
+    """A file system that others share may show it again, though each rank removes it first."""
     scene = scenes("an old alarm")
     wait_for((scene.run_dir / "there-0").exists, 60)
+    leave_alarm(scene.run_dir, age_s=3600)
     time.sleep(1)
     assert scene.ranks[0].poll() is None
 
