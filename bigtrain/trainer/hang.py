@@ -1,7 +1,7 @@
 """How the watchdogs of all ranks agree that the run hangs, and on why: by files in RUN/logs/hang.
 
-The first to see a limit passed leaves an alarm; every rank answers with its stacks; after a while the lowest rank that
-has answered writes the verdict, and the others wait for that, since a launcher may end all ranks when the first ends.
+The first to see a limit passed leaves an alarm; every rank answers with its stacks; after a while one of them makes the
+verdict, and the others wait for that, since a launcher may end all ranks when the first ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bigtrain.trainer.verdict import verdict, where
 ANSWER_S = 8.0
 """So long may a rank take to say where it is."""
 VERDICT_S = 6.0
-"""So long may the lowest rank take then."""
+"""So long may the one that makes the verdict take then."""
 _POLL_S = 0.1
 _STATES = {
     "T": "stopped",
@@ -30,6 +30,14 @@ _STATES = {
     "S": "sleeps",
     "R": "runs",
 }
+
+
+def alarm_of(start: str) -> str:
+    return f"alarm-{start}.json"
+
+
+def claim_of(start: str) -> str:
+    return f"verdict-{start}.claim"
 
 
 class Hang:
@@ -43,6 +51,12 @@ class Hang:
     @property
     def text_file(self) -> Path:
         return self._file(f"rank-{self._rank}.txt")
+
+    def begin(self) -> None:
+        """Remove what an earlier start of the same name has left."""
+        for stale in (f"rank-{self._rank}.json", alarm_of(self._start), claim_of(self._start), "verdict.json"):
+            self._file(stale).unlink(missing_ok=True)
+        self._file("").mkdir(parents=True, exist_ok=True)
 
     def raise_alarm(self, phase: str, *, step: int, seconds: float, limit_s: float) -> dict[str, Any]:
         """Tell all ranks. Returns what they are told. Where the disk takes nothing each has only its own limits."""
@@ -71,7 +85,7 @@ class Hang:
             self.text_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def conclude(self, alarm: dict[str, Any]) -> None:
-        """Return when the verdict is there, made by this rank if it is the lowest that has answered."""
+        """Return when the verdict is there, made by this rank if no other one is at it."""
         deadline = time.monotonic() + ANSWER_S
         reports: dict[int, dict[str, Any]] = {}
         while len(reports) < self._world and time.monotonic() < deadline and not self._is_concluded():
@@ -80,12 +94,21 @@ class Hang:
                 if found is not None:
                     reports[rank] = found
             time.sleep(_POLL_S)
-        if min(reports, default=self._rank) != self._rank:
+        if not self._is_first():
             deadline = time.monotonic() + VERDICT_S
             while not self._is_concluded() and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
         if not self._is_concluded():
             self._conclude(alarm, reports)
+
+    def _is_first(self) -> bool:
+        try:
+            os.close(os.open(self._file(claim_of(self._start)), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        except OSError:  # a full disk, say: better twice than never
+            return True
+        return True
 
     def _conclude(self, alarm: dict[str, Any], reports: dict[int, dict[str, Any]]) -> None:
         silent = {rank: self._silence(rank) for rank in range(self._world) if rank not in reports}
@@ -118,7 +141,7 @@ class Hang:
 
     @property
     def _alarm(self) -> str:
-        return f"alarm-{self._start}.json"
+        return alarm_of(self._start)
 
     def _file(self, name: str) -> Path:
         return failures.hang_file(self._run_dir, name)

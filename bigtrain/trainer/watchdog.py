@@ -1,8 +1,8 @@
 """A rank that waits for ever says so, with the place where it and every other rank is, and the run ends.
 
 Each rank has a thread that knows what the rank is doing (a phase) and for how long. Where a limit is passed, on any
-rank, it leaves an alarm in RUN/logs/hang; all ranks see it there, write where their threads are, and the lowest that
-answers makes one sentence of it (`bigtrain.trainer.verdict`). Then all end with the status HUNG. Files, because the
+rank, it leaves an alarm in RUN/logs/hang; all ranks see it there, write where their threads are, and one of
+them makes one sentence of it (`bigtrain.trainer.verdict`). Then all end with the status HUNG. Files, because the
 process groups are what hangs, and rank 0 may be the one.
 
 The thread needs Python's interpreter (GIL), which every wait of torch lets go of: collectives, the disk, the network, a
@@ -166,13 +166,10 @@ class Watchdog:
         self.at("startup")
         begun = time.time()
         host = socket.gethostname()
-        start = failures.start_of()
-        place = {"start": start, "rank": rank, "host": host, "pid": os.getpid(), "time": begun}
+        place = {"start": failures.start_of(), "rank": rank, "host": host, "pid": os.getpid(), "time": begun}
         failures.write_json(failures.place_file(run_dir, rank), place)
-        for stale in (f"rank-{rank}.json", f"alarm-{start}.json", "verdict.json"):
-            failures.hang_file(run_dir, stale).unlink(missing_ok=True)
-        failures.hang_file(run_dir, "x").parent.mkdir(parents=True, exist_ok=True)
         hang = Hang(run_dir, rank=rank, world=world, begun=begun, host=host)
+        hang.begin()
         text = hang.text_file.open("w+b")
         threading.Thread(target=self._watch, args=(hang, text), name="watchdog", daemon=True).start()
 
