@@ -153,14 +153,17 @@ def test_a_rank_that_is_killed(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_raises_is_started_again_once(data: Path, tmp_path: Path) -> None:
+    """The save that was under way when it failed, in the step before, is not lost."""
     config = config_for(tmp_path / "run", data)
-    config = replace(config, cluster=replace(config.cluster, max_restarts=1))
-    failed = run(config, rank=1, place="step", call=6, act="raise", once=True)
+    config = replace(
+        config, cluster=replace(config.cluster, max_restarts=1), checkpoint=replace(config.checkpoint, async_=True)
+    )
+    failed = run(config, rank=1, place="step", call=5, act="raise", once=True)
     assert failed.status == 0, failed.lines
     at = failed.lines.index("restart 1 of 1")
-    assert failed.lines[at + 1].startswith("error: rank 1: ValueError: a fault, at step 6; its output: ")
+    assert failed.lines[at + 1].startswith("error: rank 1: ValueError: a fault, at step 5; its output: ")
     assert failed.lines[at - 2 : at] == ["[rank 1] ValueError: a fault", "[rank 1] that is a test's"]
-    crash = {"kind": "event", "name": "crash", "rank": 1, "cause": "rank 1: ValueError: a fault", "step": 6}
+    crash = {"kind": "event", "name": "crash", "rank": 1, "cause": "rank 1: ValueError: a fault", "step": 5}
     assert failed.event("crash") == crash and failed.event("resume")["step"] == 4
     assert failed.steps == list(range(1, STEPS + 1)), "each step once"
 
