@@ -3,6 +3,7 @@ can help."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ def train(config: Config) -> int:
         failed.append(found)
         why_not = refused(failed, limit)
         if found.kind == "crash":
-            failures.append_event(run_dir, "crash", rank=found.rank, cause=found.cause, step=found.step)
+            with contextlib.suppress(OSError):  # the disk may be full
+                failures.append_event(run_dir, "crash", rank=found.rank, cause=found.cause, step=found.step)
         _say(found, ended, why_not, f"restart {len(failed)} of {limit}")
         if why_not:
             return ended.status
