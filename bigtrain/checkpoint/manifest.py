@@ -68,11 +68,20 @@ def read(folder: Path) -> Manifest:
         committed = (folder / COMMITTED).read_text().strip()
         if committed != hash_of(content):
             raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} is not the one that was committed: it is damaged")
-        fields = json.loads(content)
-        tensors = {name: Tensor(tuple(one.pop("shape")), **one) for name, one in fields["tensors"].items()}
-        return Manifest(tensors, {name: File(**one) for name, one in fields["files"].items()})
+        return parse(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} cannot be read ({error})") from error
+
+
+def parse(content: bytes) -> Manifest:
+    """Raises ValueError, KeyError, TypeError or AttributeError for what no manifest is."""
+    fields = json.loads(content)
+    tensors = {
+        name: Tensor(tuple(map(int, one["shape"])), str(one["dtype"]), str(one["hash"]))
+        for name, one in fields["tensors"].items()
+    }
+    files = {name: File(int(one["size_bytes"]), str(one["xxh3"])) for name, one in fields["files"].items()}
+    return Manifest(tensors, files)
 
 
 def hash_of(content: bytes) -> str:

@@ -26,7 +26,7 @@ from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.reader import SafeReader, tensors_in
 from bigtrain.checkpoint.slices import Fragment, GlobalTensor, state_dict_of
 from bigtrain.checkpoint.stored import Stored
-from bigtrain.checkpoint.writer import Saved, Writer
+from bigtrain.checkpoint.writer import Check, Places, Saved, Writer
 from bigtrain.config.errors import UserError
 
 
@@ -63,17 +63,18 @@ def save_tensors(
     keep: folders.Keep | None = None,
     files: Mapping[str, bytes] | None = None,
     group: dist.ProcessGroup | None = None,
-    on_item: Callable[[str], None] | None = None,
+    places: Places | None = None,
+    check: Check | None = None,
 ) -> Saved | None:
     """As `save`, of tensors by ``kind.name``: plain ones, or those that tell their chunks as `GlobalTensor` does. On
-    this process alone where torch.distributed is not in use. `on_item` is told each name."""
-    writer = Writer(root, step, state, files or {}, on_item=on_item)
+    this process alone where torch.distributed is not in use. `places`, `check`: see `Writer`."""
+    writer = Writer(root, step, state, files or {}, places=places, check=check)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
         folders.drop_partial(root, step)
         failed = SaveError(f"the checkpoint of step {step} was not saved: {_cause(error)}")
-        raise _user_error(error) or failed from error
+        raise _reason_of_ours(error) or failed from error
     if writer.saved is not None and keep is not None:
         folders.prune(root, keep)
     return writer.saved
@@ -140,7 +141,10 @@ def _look(
     folder: Path, wanted: Mapping[str, torch.Size], whole_run: bool
 ) -> tuple[dict[str, Any], dict[str, manifest.Tensor]]:
     """What is known of a checkpoint before its tensors are read. Raises UserError for one that is not wanted."""
-    state, expected = folders.state_of(folder), manifest.read(folder).tensors
+    state, known = folders.state_of(folder), manifest.read(folder)
+    expected = known.tensors
+    if known.files.get(folders.STATE) != manifest.file_of(folder / folders.STATE):
+        raise DamagedCheckpoint(f"checkpoint {folder}: {folders.STATE} has changed since it was saved")
     if whole_run and state.get("weights_only"):
         raise UserError(
             f"checkpoint {folder}: it has weights only, no optimizer state and no place in the data, so no run goes on "
@@ -176,10 +180,11 @@ def _from_all(mine: Any) -> list[Any]:
     return said
 
 
-def _user_error(error: BaseException) -> UserError | None:
-    """What stopped a save, where it was what is saved: a tensor that is made when it is written may be damaged."""
+def _reason_of_ours(error: BaseException) -> BaseException | None:
+    """What stopped a save, where it was not the disk: a tensor that is made when it is written may be damaged, or
+    Ctrl-C. DCP hides both in its own exception."""
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
-    return next((cause for cause in causes if isinstance(cause, UserError)), None)
+    return next((cause for cause in causes if isinstance(cause, UserError | KeyboardInterrupt)), None)
 
 
 def _cause(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from bigtrain.checkpoint import store
 from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.slices import Fragment
 from bigtrain.distributed.sharding import Shard
+from tests.unit.checkpoints import commit_again
 
 SHAPE = (40, 50)
 ACTS = ("fsync", "rename", "symlink", "unlink", "rmdir", "open", "mkdir")
@@ -157,9 +158,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "cut file": (lambda made: cut(made / "__0_0.distcp"), r"it cannot be read: .*__0_0\.distcp"),
     "no file": (lambda made: (made / "__0_0.distcp").unlink(), "it cannot be read: No such file"),
     "no index": (lambda made: (made / ".metadata").unlink(), r"its index \.metadata cannot be read"),
-    "another index": (lambda made: (made / ".metadata").write_bytes(b"\x80\x04K\x01."), r"\.metadata .*holds a int"),
+    "another index": (
+        lambda made: (made / ".metadata").write_bytes(b"\x80\x04K\x01."),
+        r"\.metadata .*bytes have changed",
+    ),
     "no manifest": (lambda made: (made / "manifest.json").unlink(), r"manifest\.json cannot be read"),
     "manifest": (lambda made: flip(made / "manifest.json", 40), r"manifest\.json is not the one that was committed"),
+    "a digit of the state": (
+        lambda made: (made / "state.json").write_text(
+            (made / "state.json").read_text().replace('"step": 1', '"step": 7')
+        ),
+        r"state\.json has changed since it was saved",
+    ),
     "state": (lambda made: (made / "state.json").write_text("{"), r"state\.json cannot be read"),
 }
 
@@ -181,6 +191,7 @@ def test_two_pieces_that_swapped_places_are_seen(tmp_path: Path) -> None:
     first, second = index.storage_data
     index.storage_data[first], index.storage_data[second] = index.storage_data[second], index.storage_data[first]
     (made / ".metadata").write_bytes(pickle.dumps(index))
+    commit_again(made)  # as if it had been saved so
     with pytest.raises(DamagedCheckpoint, match=r"is not what was saved"):
         load(made)
 
@@ -193,5 +204,6 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path, file: str) -> 
     for place in index.storage_data.values():
         place.relative_path = file
     (made / ".metadata").write_bytes(pickle.dumps(index))
+    commit_again(made)  # as if it had been saved so
     with pytest.raises(DamagedCheckpoint, match="outside of the checkpoint"):
         load(made)
