@@ -22,7 +22,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.help import help_text, keys_text
 from bigtrain.config.schema import Config
 from bigtrain.config.vendors import check_versions
-from bigtrain.launching import init_from, local, machine, outcome, slurm
+from bigtrain.launching import attempts, init_from, local, machine, outcome, slurm
 from bigtrain.launching.lock import only_launch
 from bigtrain.launching.plan import plan, prepare_command
 from bigtrain.launching.preflight import preflight
@@ -111,7 +111,7 @@ def _start(config: Config, settings: Sequence[str], began: float) -> int:
     if config.cluster.kind == "slurm":
         print(slurm.submit(config))
         return 0
-    return local.run(local.rank_commands(config)) or _finish(config, settings, began)
+    return attempts.train(config) or _finish(config, settings, began)
 
 
 def _finish(config: Config, settings: Sequence[str], began: float) -> int:

@@ -102,6 +102,13 @@ _NOT_NEGATIVE = [
     "model.attention_dropout",
     "model.hidden_dropout",
     "parallel.zero_stage",
+    "cluster.max_restarts",
+    "watchdog.startup_s",
+    "watchdog.data_s",
+    "watchdog.step_s",
+    "watchdog.eval_s",
+    "watchdog.save_s",
+    "watchdog.factor",
 ]
 
 _RANGES: tuple[tuple[str, str, float], ...] = (

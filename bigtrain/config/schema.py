@@ -382,6 +382,28 @@ class ClusterConfig:
     """Shell lines before the ranks start: modules, environments."""
     sbatch: dict[str, str] = field(default_factory=dict[str, str])
     """Any other sbatch option, by its long name."""
+    max_restarts: int = 0
+    """How often a run that crashed or hung is started again, from its newest checkpoint. Not after a failure that would
+    only come again: a mistake in the settings, before the first step, or twice at the same step."""
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """When a run counts as hung: then every rank writes where it is (RUN/logs/hang), and all ranks end."""
+
+    startup_s: float = 1800.0
+    """Seconds until the first batch is asked for, and for all that comes after the last step. The first batch, step,
+    evaluation and save may take as long, too. 0 switches off, here and below."""
+    data_s: float = 600.0
+    """Seconds that a step's batch may take."""
+    step_s: float = 600.0
+    """Seconds that a step may take without its data, evaluation and save."""
+    eval_s: float = 1800.0
+    """Seconds that the evaluation on one set may take."""
+    save_s: float = 1800.0
+    """Seconds that a save may take, also behind the training."""
+    factor: float = 10.0
+    """Times the median of the last ones that each may take, where that is longer."""
 
 
 @dataclass(frozen=True)
@@ -402,5 +424,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     dry_run: bool = False
     """Print the layout and the derived numbers, and start nothing."""

@@ -20,6 +20,7 @@ from bigtrain.trainer.ledger_file import LedgerFile
 from bigtrain.trainer.pace import Pace
 from bigtrain.trainer.saver import Saver
 from bigtrain.trainer.stopping import StopSignal
+from bigtrain.trainer.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def fit(
     guard: Guard,
     pace: Pace,
     stop: StopSignal,
+    watchdog: Watchdog,
 ) -> Position:
     """Train from `start` to the last step, to where `stop` is agreed on, or to where `guard` gives up: then to in front
     of the step that went wrong. Returns where it stopped, once all saves have ended.
@@ -74,7 +76,7 @@ def fit(
     if position.step >= last:
         return position
     clock.go_on_with("compute")
-    for batch, seconds in timed(clock.each("data_wait", batches)):
+    for batch, seconds in timed(clock.each("data_wait", watchdog.steps(batches, done=position.step))):
         loss = engine.forward_backward(batch.microbatches)
         lr = config.optim.lr * share_of_peak(position.step, num_steps(config.train), config.schedule)
         loss_value = loss.mean.item()
@@ -107,7 +109,7 @@ def fit(
             recorder.saved(saver.wait())
         if ending or due(position.step, config.eval.interval):
             for name, evaluator in evaluators.items():
-                with clock.part("evaluation"):
+                with clock.part("evaluation"), watchdog.phase("eval"):
                     record = evaluator.evaluate(engine).as_record()
                 recorder.evaluation(position.step, set=name, **record)
                 losses.append(record["loss"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from bigtrain.trainer.saver import Saver, checkpoints_to_resume
 from bigtrain.trainer.stopping import StopSignal
 from bigtrain.trainer.summary import tells_of, write_summary
 from bigtrain.trainer.training import Training
+from bigtrain.trainer.watchdog import Watchdog
 
 
-def run(config: Config, run_dir: Path, console: Console) -> None:
+def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> None:
     """Train `config` in `run_dir` on this rank, from its newest checkpoint on. Collective; every rank calls it.
 
     Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
@@ -49,7 +51,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
     with console.phase("building the model"):
         engine = Engine(config, runtime)
     guard = Guard(config.anomaly)
-    saver = Saver(config, run_dir, data.tokenizer.files, guard, clock)
+    saver = Saver(config, run_dir, data.tokenizer.files, guard, clock, watchdog)
     began_from = None
     if resume:
         position = _go_on(config, resume, engine, saver, data, console)
@@ -74,16 +76,20 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
         is_writer=runtime.is_main,
         clock=clock,
     ) as recorder:
+        watchdog.on_hang = partial(recorder.close, failed=True, ended=False)
         if began_from is not None:
             recorder.event("init", step=0, **began_from)
         for passed_over in saver.fallbacks:
             recorder.event("fallback", step=position.step, damaged=str(passed_over.folder), reason=passed_over.reason)
             console.note(f"{passed_over.reason}. It is now {passed_over.folder}; step {position.step} goes on instead")
-        run_of = Training(config, run_dir, runtime, data, engine, saver, guard, clock, recorder, console)
+        run_of = Training(config, run_dir, runtime, data, engine, saver, guard, clock, watchdog, recorder, console)
         try:
             position = run_of.train(position, throughput=throughput, stop=stop_signal)
-        finally:  # also where an error ends the run: what is under way may become durable
+        except UserError:  # of all ranks alike: nobody is missing from the save under way
             recorder.saved(saver.wait())
+            raise
+        finally:
+            recorder.saved(saver.close())
         if name := stop_signal.received:
             recorder.event("stop", step=position.step, signal=name)
             if saver.last is not None and not saver.last.error:

@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -36,8 +37,10 @@ from bigtrain.telemetry.goodput import Clock
 from bigtrain.trainer import peers
 from bigtrain.trainer.anomaly import Guard
 from bigtrain.trainer.pace import Cost
+from bigtrain.trainer.watchdog import Watchdog
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
+LAST_SAVE_S = 10.0
 ORIGIN = ("init_from", "imported")
 """Keys of state.json: where the run's first weights came from, and what an import of them wrote down."""
 
@@ -76,12 +79,13 @@ class Saver:
         tokenizer: Mapping[str, bytes],
         guard: Guard | None = None,
         clock: Clock | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        """`tokenizer`: its files by name, kept in every checkpoint, as is what `guard` knows. `clock` is told when
-        training waits. Collective."""
-        self._clock = clock or Clock(time.time())
+        """`tokenizer`: its files by name, kept in every checkpoint, as is what `guard` knows. `clock` and `watchdog`
+        are told when training waits, and what for. Collective."""
         self._config, self._files = config, dict(tokenizer)
         self._guard = guard or Guard(config.anomaly)
+        self._clock, self._watchdog = clock or Clock(time.time()), watchdog or Watchdog()
         self.root = run_dir / "checkpoints"
         self.fallbacks: list[Fallback] = []
         self._carried: dict[str, Any] = {}
@@ -92,7 +96,7 @@ class Saver:
         self.last: Outcome | None = None
         """How the last save ended; None before the first has."""
         # the thread's collectives must not mix with those of the step
-        group = dist.new_group(backend="gloo") if config.checkpoint.async_ else None
+        group = dist.new_group(backend="gloo", group_desc="checkpoint") if config.checkpoint.async_ else None
         self._group = cast("dist.ProcessGroup | None", group)
 
     @property
@@ -136,6 +140,13 @@ class Saver:
         """As `finished`, once no save is under way any more."""
         with self._clock.part("save_stall"):
             self._join()
+        return self.finished()
+
+    def close(self) -> list[Outcome]:
+        """As `finished`, on the way out of a rank that failed: a save under way has LAST_SAVE_S to become durable, if
+        the other ranks can still do their part. Not collective, and raises nothing."""
+        if self._pending is not None:
+            futures.wait([self._pending], LAST_SAVE_S)
         return self.finished()
 
     def load(self, engine: Engine, candidates: Sequence[Path]) -> tuple[int, Cursor]:
@@ -214,7 +225,8 @@ class Saver:
         keep = folders.Keep(wanted.keep, wanted.keep_every, wanted.keep_best)
         num_bytes, error = 0, ""
         try:
-            saved = store.save(self.root, step, fragments, state, keep=keep, files=self._files, group=self._group)
+            with self._watchdog.phase("save"):
+                saved = store.save(self.root, step, fragments, state, keep=keep, files=self._files, group=self._group)
             num_bytes = saved.num_bytes if saved else 0
         except store.SaveError as raised:
             error = str(raised)
@@ -225,7 +237,8 @@ class Saver:
     def _join(self) -> None:
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._end(pending.result())
+            with self._watchdog.phase("save", is_measured=False):
+                self._end(pending.result())
 
     def _end(self, outcome: Outcome) -> None:
         self.last = outcome

@@ -26,6 +26,7 @@ from bigtrain.trainer.pace import Pace
 from bigtrain.trainer.run_data import RunData
 from bigtrain.trainer.saver import Saver, checkpoints_to_resume
 from bigtrain.trainer.stopping import StopSignal
+from bigtrain.trainer.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Training:
     saver: Saver
     guard: Guard
     clock: Clock
+    watchdog: Watchdog
     recorder: Recorder
     console: Console
 
@@ -70,6 +72,7 @@ class Training:
                     ledger=ledger,
                     throughput=throughput,
                     clock=self.clock,
+                    watchdog=self.watchdog,
                     guard=self.guard,
                     pace=self._pace(position.step),
                     stop=stop,

@@ -30,6 +30,7 @@ from bigtrain.telemetry.goodput import Clock
 from bigtrain.trainer.anomaly import Guard
 from bigtrain.trainer.loop import Position, Throughput, due, fit, last_step, timed
 from bigtrain.trainer.pace import Pace
+from bigtrain.trainer.watchdog import Watchdog
 
 MIXTURE = Mixture([Stage(0, {"data": Fraction(1)})], 8)
 CONFIG = Config(
@@ -151,6 +152,7 @@ def run(
         clock=Clock(time.time()),
         pace=pace_of(config, start),
         stop=log,
+        watchdog=Watchdog(),
     )
     return log, position
 

@@ -1,0 +1,9 @@
+"""Exit statuses of a rank and of the launcher, beside 0 and 128 + n of a signal n, as a shell says it."""
+
+CRASHED = 1
+"""An exception that no user can fix, as Python has it."""
+USER_ERROR = 2
+"""Something that the user can fix (`bigtrain.config.errors.UserError`): the same start would end the same way."""
+HUNG = 75
+"""The watchdog ended a rank that hung, or that waited for one. The run goes on from its newest checkpoint when it is
+started again: queue it. (EX_TEMPFAIL in sysexits.h: a failure that passes.)"""
