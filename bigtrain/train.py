@@ -16,6 +16,7 @@ from pathlib import Path
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import load
 from bigtrain.config.vendors import check_versions
+from bigtrain.launching.environment import COME_BACK
 from bigtrain.telemetry.console import Console
 
 
@@ -28,13 +29,15 @@ def main(arguments: list[str]) -> int:
         warnings.filterwarnings("ignore", module=vendor)
     # Vendors turn a KeyboardInterrupt in their imports into all sorts of errors. There is nothing to save before run().
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    # Slurm's warning, ahead of the time limit, waits until a StopSignal listens.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     try:
         check_versions()
         config = load(arguments[0])
         console = Console(enabled=is_main, log_interval=config.tracker.log_interval)
         with console.phase("importing torch, DeepSpeed and Megatron"):
             from bigtrain.trainer.run import run
-        run(config, Path(arguments[0]), console)
+        stopped_by = run(config, Path(arguments[0]), console)
     except UserError as error:  # often on all ranks alike; the launcher shows it once
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -48,7 +51,9 @@ def main(arguments: list[str]) -> int:
             flush=True,
         )
         return 2
-    return 0
+    if stopped_by:  # srun ends the others once rank 0 has said it: they end well by themselves
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return COME_BACK if is_main and stopped_by == "SIGUSR2" else 0
 
 
 if __name__ == "__main__":

@@ -346,7 +346,7 @@ class ClusterConfig:
     setup: list[str] = field(default_factory=list[str])
     """Shell lines before the ranks start: modules, environments."""
     sbatch: dict[str, str] = field(default_factory=dict[str, str])
-    """Any other sbatch option, by its long name."""
+    """Any other sbatch option, by its long name; true for one that takes no value."""
 
 
 @dataclass(frozen=True)

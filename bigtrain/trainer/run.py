@@ -29,9 +29,10 @@ from bigtrain.trainer.stopping import StopSignal
 from bigtrain.trainer.summary import tells_of, write_summary
 
 
-def run(config: Config, run_dir: Path, console: Console) -> None:
+def run(config: Config, run_dir: Path, console: Console) -> str | None:
     """Train `config` in `run_dir` on this rank, from its newest checkpoint on. Collective; every rank calls it.
 
+    Returns the name of the signal that stopped it before its last step, the same on every rank.
     Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
     begin = time.perf_counter()
     with console.phase("joining the ranks"):
@@ -108,6 +109,7 @@ def run(config: Config, run_dir: Path, console: Console) -> None:
     stop()
     if saver.last is not None and saver.last.error:
         raise UserError(f"{saver.last.error}. The same command goes on from the newest checkpoint in {saver.root}")
+    return stop_signal.received if position.step < last_step(config) else None
 
 
 def _check_world(config: Config, world: int) -> None:
