@@ -17,7 +17,10 @@ from bigtrain.launching.environment import free_port
 
 def first_node(node_list: str) -> str:
     """The first of a list such as ``rack[1-2]n[01-16],gpu-a``. Raises UserError where Slurm cannot read it."""
-    return _scontrol("show", "hostnames", node_list).split("\n", 1)[0]
+    first = _scontrol("show", "hostnames", node_list).split("\n", 1)[0]
+    if not first:  # it ends well all the same
+        raise UserError(f"SLURM_JOB_NODELIST={node_list}: scontrol show hostnames cannot read it.")
+    return first
 
 
 def address_of(node: str) -> str:
