@@ -23,7 +23,6 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.launching.environment import COME_BACK, Place, rank_environment
 from bigtrain.launching.meeting import fields_of
-from bigtrain.launching.preflight import SUBMITTED
 
 
 @dataclass(frozen=True)
@@ -125,12 +124,6 @@ def require(config: Config) -> None:
     problems = partition_problems(config, _ask(["scontrol", "--oneliner", "show", "partition"]))
     if problems:
         raise UserError("\nerror: ".join(map(str, problems)))
-    job = _live_job(job_folder(config))
-    if job:
-        raise UserError(
-            f"run.dir={config.run.dir}: job {job} of this run is still in the queue. Wait for it, end it with "
-            f"scancel {job.split()[0]}, or set another run.name."
-        )
 
 
 def partition_problems(config: Config, shown: str) -> list[Problem]:
@@ -161,15 +154,30 @@ def partition_problems(config: Config, shown: str) -> list[Problem]:
     return problems
 
 
-def _live_job(folder: Path) -> str | None:
-    """Id and state of a job that was submitted from this folder and is pending or runs."""
-    ids = {path.name.split("_")[0] for path in folder.glob(SUBMITTED)}
-    ours = (line for line in _ask(["squeue", "--me", "--noheader", "--format=%A (%T)"]).splitlines())
-    return next((line for line in ours if line.split()[0] in ids), None)
+def refuse_live_job(config: Config) -> None:
+    """Raises UserError where a job of this user, pending or running, is to train in the run's folder: it reads the
+    config there, and two of them would write the same files. Needs no Slurm: without it there is no such job."""
+    run_dir, own = Path(config.run.dir), os.environ.get("SLURM_JOB_ID")
+    if not run_dir.is_dir() or shutil.which("squeue") is None:
+        return
+    try:
+        jobs = _ask(["squeue", "--me", "--noheader", "--format=%A|%T|%Z|%o"])
+    except UserError:
+        if config.cluster.kind == "slurm":
+            raise
+        return
+    for line in jobs.splitlines():
+        job, state, cwd, command = line.split("|", 3)
+        words = (Path(os.path.normpath(Path(cwd, word))) for word in command.split())
+        if job != own and any(word.is_relative_to(run_dir) for word in words):
+            raise UserError(
+                f"run.dir={run_dir}: job {job} ({state}) of this run is in Slurm's queue. Wait for it, end it with "
+                f"scancel {job}, or set another run.name."
+            )
 
 
 def _ask(command: list[str]) -> str:
-    """What a command of Slurm answers. Raises UserError where it does not."""
+    """What a command of Slurm answers. Raises UserError where it does not answer."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:

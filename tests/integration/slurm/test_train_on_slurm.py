@@ -115,8 +115,9 @@ def test_warned_by_slurm_it_saves_and_queues_itself_again(
     assert time.monotonic() - begin < 30, "the launcher waited for the job"
     run_dir, job_id = folder / "runs" / "launched", submitted(said)
     assert f"run folder  {run_dir}" in said and f"squeue -j {job_id}" in said
-    again = cluster.run(*command, cwd=folder)
-    assert again.returncode == 2 and f"job {job_id} (" in again.stderr and "still in the queue" in again.stderr
+    for launch in (command, [*LAUNCH, *settings(data, "launched"), *FOUR_RANKS]):
+        again = cluster.run(*launch, cwd=folder)
+        assert again.returncode == 2 and f"job {job_id} (" in again.stderr and "in Slurm's queue" in again.stderr
     at_step(run_dir, 1)
     cluster.ask("scancel", "--signal=USR2", job_id)
     job = cluster.ended(job_id)
@@ -132,6 +133,8 @@ def test_the_plain_script_is_preempted_and_goes_on(cluster: Cluster, data: Path,
     variables = {"BIGTRAIN_PYTHON": sys.executable}
     command = ["sbatch", "--partition=spot", "--time=30", *script, SOURCE / "launchers" / "slurm.sbatch", run_dir]
     job_id = submitted(cluster.ask(*command, cwd=folder, **variables))
+    again = cluster.run(*LAUNCH, *settings(data, "plain"), *FOUR_RANKS, "--freeze", cwd=folder)
+    assert again.returncode == 2 and f"job {job_id} (" in again.stderr
     at_step(run_dir, 1)
     cluster.ask("sbatch", "--partition=main", "--nodes=2", "--cpus-per-task=8", "--output=/dev/null", "--wrap=true")
     job = cluster.ended(job_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import random
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ClusterConfig, Config, RunConfig
 from bigtrain.launching.environment import free_port
-from bigtrain.launching.slurm import RankTask, partition_problems, sbatch_script
+from bigtrain.launching.slurm import RankTask, partition_problems, refuse_live_job, sbatch_script
 
 
 def options(script: str) -> dict[str, str]:
@@ -110,6 +112,30 @@ def test_jobs_that_their_partition_cannot_take(cluster: dict[str, Any], named: l
     problems = partition_problems(Config(cluster=ClusterConfig(kind="slurm", **cluster)), SHOWN)
     assert [problem.key for problem in problems] == named
     assert not partition_problems(Config(cluster=ClusterConfig(kind="slurm")), "")
+
+
+@pytest.mark.parametrize(
+    ("queue", "is_refused"),
+    [
+        ("", False),
+        ("7|RUNNING|/home/me|{runs}/big/logs/slurm/.submission_file_1.sh", True),
+        ("6|PENDING|/|true\n7|PENDING|{runs}|/home/me/slurm.sbatch big", True),
+        ("7|RUNNING|{runs}|/home/me/slurm.sbatch bigger", False),
+        ("8|RUNNING|{runs}|/home/me/slurm.sbatch big", False),
+    ],
+)
+def test_a_folder_that_a_job_trains_in(
+    queue: str, is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the path of submitit's script or by an argument of another. Job 8 is where the launch itself runs."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{queue.format(runs=tmp_path)}' | grep .; true\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    config = Config(run=RunConfig(name="big", dir=str(tmp_path / "big")))
+    with pytest.raises(UserError, match="job 7 ") if is_refused else contextlib.nullcontext():
+        refuse_live_job(config)
 
 
 def test_task_travels_to_the_nodes() -> None:
