@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke test test-fast certify lint bench bench-data bench-checkpoint clean
+.PHONY: help install smoke test test-fast certify lint slurm slurm-stop bench bench-data bench-checkpoint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -40,6 +40,13 @@ lint: install  ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
+
+slurm:  ## a real two-node Slurm cluster on this machine, to try +cluster=slurm
+	@sh tests/install_system_packages.sh
+	@launchers/localslurm/localslurm start
+
+slurm-stop:  ## end it, and what runs there
+	@launchers/localslurm/localslurm stop
 
 bench: install  ## speed of a training step against plain PyTorch and Transformers
 	$(BIN)/python tools/bench/step.py

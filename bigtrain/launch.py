@@ -87,7 +87,8 @@ def launch(config: Config, arguments: Arguments, *, began: float) -> int:
         print(plan(config))
         return 0
     if config.cluster.kind == "slurm" and not arguments.freeze:
-        slurm.require()
+        slurm.require(config)
+    slurm.refuse_live_job(config)
     with only_launch(Path(config.run.dir)):
         finished = outcome.already_finished(config, arguments.settings)
         if finished and not arguments.freeze:

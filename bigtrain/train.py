@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import load
-from bigtrain.config.status import CRASHED, USER_ERROR
+from bigtrain.config.status import COME_BACK, CRASHED, USER_ERROR
 from bigtrain.config.vendors import check_versions
 from bigtrain.telemetry import failures
 from bigtrain.telemetry.console import Console
@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
         warnings.filterwarnings("ignore", module=vendor)
     # Vendors turn a KeyboardInterrupt in their imports into all sorts of errors. There is nothing to save before run().
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    # Slurm's warning, ahead of the time limit, waits until a StopSignal listens.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     watchdog = Watchdog()
     try:
         check_versions()
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> int:
         console = Console(enabled=rank == 0, log_interval=config.tracker.log_interval)
         with console.phase("importing torch, DeepSpeed and Megatron"):
             from bigtrain.trainer.run import run
-        run(config, run_dir, console, watchdog)
+        stopped_by = run(config, run_dir, console, watchdog)
     except UserError as error:  # often on all ranks alike; the launcher shows it once
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
@@ -59,7 +61,9 @@ def main(arguments: list[str]) -> int:
         sys.stdout.flush()
         os._exit(CRASHED)  # without waiting for threads that wait for other ranks
     watchdog.stop()
-    return 0
+    if stopped_by:  # srun ends the others once rank 0 has said it: they end well by themselves
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return COME_BACK if rank == 0 and stopped_by == "SIGUSR2" else 0
 
 
 def _say_crash(error: Exception, run_dir: Path, rank: int, step: int) -> None:

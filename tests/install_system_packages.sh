@@ -5,6 +5,9 @@ set -u
 
 missing=""
 PATH="$PATH:/usr/sbin:/sbin" command -v nginx > /dev/null || missing="$missing nginx"
+for program in munged slurmctld slurmd sbatch; do  # real Slurm, for tests/integration/slurm
+  PATH="$PATH:/usr/sbin:/sbin" command -v $program > /dev/null || { missing="$missing munge slurm-wlm"; break; }
+done
 [ -n "$missing" ] || exit 0
 
 if ! command -v apt-get > /dev/null; then

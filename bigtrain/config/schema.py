@@ -381,7 +381,7 @@ class ClusterConfig:
     setup: list[str] = field(default_factory=list[str])
     """Shell lines before the ranks start: modules, environments."""
     sbatch: dict[str, str] = field(default_factory=dict[str, str])
-    """Any other sbatch option, by its long name."""
+    """Any other sbatch option, by its long name; true for one that takes no value."""
     max_restarts: int = 0
     """How often a run that crashed or hung is started again, from its newest checkpoint. Not after a failure that would
     only come again: a mistake in the settings, before the first step, or twice at the same step."""

@@ -4,6 +4,9 @@ CRASHED = 1
 """An exception that no user can fix, as Python has it."""
 USER_ERROR = 2
 """Something that the user can fix (`bigtrain.config.errors.UserError`): the same start would end the same way."""
-HUNG = 75
-"""The watchdog ended a rank that hung, or that waited for one. The run goes on from its newest checkpoint when it is
-started again: queue it. (EX_TEMPFAIL in sysexits.h: a failure that passes.)"""
+COME_BACK = 75
+"""Of rank 0 (the others': 0) where SIGUSR2 stopped the run: it is saved, and goes on when it is started again: queue it
+(EX_TEMPFAIL of sysexits.h)."""
+HUNG = 76
+"""The watchdog ended a rank that hung, or that waited for one. Started again, the run goes on from its newest
+checkpoint."""

@@ -19,6 +19,8 @@ from bigtrain.config.schema import Config
 from bigtrain.launching import init_from, machine
 from bigtrain.launching.wandb_key import has_wandb_key
 
+SUBMITTED = "*_submission.sh"
+"""In RUN/logs/slurm: submitit's script of a job that sbatch took; of one that it refused, the name is another."""
 UNCHANGING = [
     "run.dir",
     "dry_run",
@@ -53,10 +55,11 @@ def preflight(config: Config, *, prepared: bool) -> list[Problem]:
 def has_begun(run_dir: Path) -> bool:
     """Whether a run has left anything that belongs to its config: a step, a checkpoint, a job in the queue. One that
     failed before its first step has not, so its config may be corrected under the same name."""
-    metrics = run_dir / "metrics.jsonl"
-    folders = (run_dir / "checkpoints", run_dir / "logs" / "slurm")
-    return (metrics.is_file() and metrics.stat().st_size > 0) or any(
-        folder.is_dir() and next(folder.iterdir(), None) is not None for folder in folders
+    metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+    return (
+        (metrics.is_file() and metrics.stat().st_size > 0)
+        or (checkpoints.is_dir() and next(checkpoints.iterdir(), None) is not None)
+        or any((run_dir / "logs" / "slurm").glob(SUBMITTED))
     )
 
 

@@ -1,7 +1,9 @@
 """A run as one Slurm job: submitit writes the sbatch script and starts one task a rank.
 
-A requeued job (node failure, preemption, the time limit with cluster.requeue) runs the same command again, and
-checkpoint.resume=auto goes on from the last committed checkpoint.
+The script finds where the ranks meet (meeting.py), starts them with srun, and queues the job again where they ask for
+it: Slurm warns every rank with SIGUSR2 ahead of the time limit, they save, and rank 0 ends with COME_BACK. After a
+preemption or the loss of a node Slurm itself queues the job again. The next start runs the same command, and
+checkpoint.resume=auto goes on from the last committed checkpoint. launchers/slurm.sbatch does the same without us.
 """
 
 from __future__ import annotations
@@ -12,78 +14,48 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from bigtrain.config.check import time_limit_minutes
+from bigtrain.config.check import Problem, time_limit_minutes
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
+from bigtrain.config.status import COME_BACK
 from bigtrain.launching.environment import Place, rank_environment
-from bigtrain.launching.local import die_with_parent
+from bigtrain.launching.meeting import fields_of
 
 
 @dataclass(frozen=True)
 class RankTask:
-    """What each task of the job does: one rank. submitit pickles it for the nodes."""
+    """What each task of the job does: it becomes one rank. submitit pickles it for the nodes."""
 
     run_dir: str
     device: str
-    requeue: bool
 
-    def __call__(self) -> None:
-        """Run `bigtrain.train` to its end; raises SystemExit with its status where that is not 0."""
-        import submitit
-
-        job = submitit.JobEnvironment()
+    def __call__(self) -> NoReturn:
+        """The rank takes the place of submitit's process, whose handlers would requeue before the ranks have saved,
+        and hide SIGTERM from them. Slurm sees the rank's own exit status."""
+        names = os.environ
+        tasks, nodes = int(names["SLURM_NTASKS"]), int(names["SLURM_JOB_NUM_NODES"])
         place = Place(
-            rank=job.global_rank,
-            local_rank=job.local_rank,
-            world=job.num_tasks,
-            local_world=job.num_tasks // job.num_nodes,
-            address=job.hostnames[0],
-            port=rendezvous_port(job.job_id),
+            rank=int(names["SLURM_PROCID"]),
+            local_rank=int(names["SLURM_LOCALID"]),
+            world=tasks,
+            local_world=tasks // nodes,
+            address=names["MASTER_ADDR"],
+            port=int(names["MASTER_PORT"]),
         )
-        if not self.requeue:  # submitit would end the task at Slurm's warning, 90 s before the limit
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        status = subprocess.call(
-            [sys.executable, "-m", "bigtrain.train", self.run_dir],
-            env={**os.environ, **rank_environment(place, self.device)},
-            preexec_fn=_rank_starts(),
-        )
-        if status:
-            raise SystemExit(status)
-
-    def checkpoint(self) -> Any:
-        """submitit calls it before the time limit and on preemption: the job comes back as it was, or not at all."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self) if self.requeue else None
-
-
-def _rank_starts() -> Callable[[], None]:
-    """The rank dies with its task, and not of Slurm's warning, which goes to every process of the step."""
-    with_parent = die_with_parent()
-
-    def in_child() -> None:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        if with_parent is not None:
-            with_parent()
-
-    return in_child
-
-
-def rendezvous_port(job_id: str) -> int:
-    """The same port on every node, another for each job, below the kernel's range for outgoing connections."""
-    digits = "".join(character for character in job_id if character.isdigit())
-    return 12000 + int(digits or 0) % 20000
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # it waits until the rank listens: StopSignal
+        arguments = [sys.executable, "-m", "bigtrain.train", self.run_dir]
+        os.execve(sys.executable, arguments, {**names, **rank_environment(place, self.device)})
 
 
 def job_parameters(config: Config) -> dict[str, Any]:
     """The job as submitit's SlurmExecutor takes it."""
     cluster = config.cluster
-    more: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True, **cluster.sbatch}
+    flags: dict[str, Any] = {name: True if value.lower() == "true" else value for name, value in cluster.sbatch.items()}
+    more: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True, **flags}
     parameters: dict[str, Any] = {
         "job_name": config.run.name,
         "nodes": cluster.num_nodes,
@@ -93,13 +65,37 @@ def job_parameters(config: Config) -> dict[str, Any]:
         "time": time_limit_minutes(cluster.time),
         "partition": cluster.partition,
         "account": cluster.account,
-        "setup": list(cluster.setup) or None,
-        # one rank that fails ends the others; srun does not inherit the cpus of sbatch
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_proc}"],
+        "setup": [*cluster.setup, *_meeting()],
+        # One rank that fails ends the others. srun inherits neither the cpus of sbatch nor its open-mode, and no
+        # variables where sbatch was told --export=NONE.
+        "srun_args": [
+            "--kill-on-bad-exit=1",
+            f"--cpus-per-task={cluster.cpus_per_proc}",
+            "--open-mode=append",
+            "--export=ALL",
+        ],
+        "teardown": _come_back() if cluster.requeue else None,
         "additional_parameters": more,
     }
     set_ones = {name: value for name, value in parameters.items() if value is not None}
     return {**set_ones, "wckey": None}  # submitit's own default is a key that a cluster may refuse
+
+
+def _meeting() -> list[str]:
+    """Shell lines before srun, on the first node."""
+    return [
+        f"meeting=$({_python()} -m bigtrain.launching.meeting) || exit",
+        "export MASTER_ADDR=${meeting% *} MASTER_PORT=${meeting#* }",
+    ]
+
+
+def _come_back() -> list[str]:
+    """Shell lines after srun, whose status is that of the rank with the highest one."""
+    return [
+        "status=$?",
+        f'[ $status != {COME_BACK} ] || scontrol requeue "$SLURM_JOB_ID"',
+        "exit $status",
+    ]
 
 
 def job_folder(config: Config) -> Path:
@@ -116,14 +112,78 @@ def sbatch_script(config: Config) -> str:
     return _make_sbatch_string(command=writer._submitit_command_str, folder=writer.folder, **job_parameters(config))
 
 
-def require() -> None:
-    """Raises UserError where jobs cannot be submitted from here."""
-    for program in ("sbatch", "srun"):
+def require(config: Config) -> None:
+    """Raises UserError where this job cannot be submitted from here, as far as Slurm says so before it is submitted.
+
+    `sbatch --test-only` says less than it seems: it also refuses a job that would wait for a node under repair."""
+    for program in ("sbatch", "srun", "scontrol"):
         if shutil.which(program) is None:
             raise UserError(
                 f"cluster.kind=slurm: there is no {program} on this machine. Run it on a login node of the cluster, "
                 "look at the script with dry_run=true, or leave +cluster=slurm out to run here."
             )
+    problems = partition_problems(config, _ask(["scontrol", "--oneliner", "show", "partition"]))
+    if problems:
+        raise UserError("\nerror: ".join(map(str, problems)))
+
+
+def partition_problems(config: Config, shown: str) -> list[Problem]:
+    """What is wrong with the job for its partitions. sbatch takes a job that is too large for them: it waits for ever.
+
+    `shown`: what ``scontrol --oneliner show partition`` says, of those that this user may see."""
+    known: dict[str, dict[str, str]] = {}
+    for line in filter(None, shown.splitlines()):
+        fields = fields_of(line)
+        known[fields["PartitionName"]] = fields
+    cluster = config.cluster
+    default = [name for name, fields in known.items() if fields.get("Default") == "YES"]
+    names = [name for name in cluster.partition.split(",") if name] if cluster.partition else default
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        fix = f"Choose of {', '.join(known)}"
+        return [Problem("cluster.partition", ",".join(unknown), "Slurm has no such partition", fix)]
+    problems: list[Problem] = []
+    nodes = [int(known[name].get("TotalNodes", cluster.num_nodes)) for name in names]
+    if nodes and max(nodes) < cluster.num_nodes:
+        message = f"partition {','.join(names)} has {max(nodes)} nodes"
+        problems.append(Problem("cluster.num_nodes", cluster.num_nodes, message, "Ask for fewer, or choose another"))
+    limits = [time_limit_minutes(known[name].get("MaxTime", "")) for name in names]
+    wanted, longest = time_limit_minutes(cluster.time), max((limit for limit in limits if limit), default=0)
+    if None not in limits and "qos" not in cluster.sbatch and wanted and 0 < longest < wanted:
+        message = f"partition {','.join(names)} gives {longest} minutes at most"
+        problems.append(Problem("cluster.time", cluster.time, message, "Ask for less; the job is queued again then"))
+    return problems
+
+
+def refuse_live_job(config: Config) -> None:
+    """Raises UserError where a job of this user, pending or running, is to train in the run's folder: it reads the
+    config there, and two of them would write the same files. Needs no Slurm: without it there is no such job."""
+    run_dir, own = Path(config.run.dir), os.environ.get("SLURM_JOB_ID")
+    if not run_dir.is_dir() or shutil.which("squeue") is None:
+        return
+    try:
+        jobs = _ask(["squeue", "--me", "--noheader", "--format=%A|%T|%Z|%o"])
+    except UserError:
+        if config.cluster.kind == "slurm":
+            raise
+        return
+    for line in jobs.splitlines():
+        job, state, cwd, command = line.split("|", 3)
+        words = (Path(os.path.normpath(Path(cwd, word))) for word in command.split())
+        if job != own and any(word.is_relative_to(run_dir) for word in words):
+            raise UserError(
+                f"run.dir={run_dir}: job {job} ({state}) of this run is in Slurm's queue. Wait for it, end it with "
+                f"scancel {job}, or set another run.name."
+            )
+
+
+def _ask(command: list[str]) -> str:
+    """What a command of Slurm answers. Raises UserError where it does not answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip()
+        raise UserError(f"cluster.kind=slurm: `{shlex.join(command)}` failed: {said}") from error
 
 
 def submit(config: Config) -> str:
@@ -134,10 +194,10 @@ def submit(config: Config) -> str:
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = submitit.SlurmExecutor(folder=job_folder(config), python=_python(), max_num_timeout=1_000_000)
+    executor = submitit.SlurmExecutor(folder=job_folder(config), python=_python())
     executor.update_parameters(**job_parameters(config))
     try:
-        job = executor.submit(RankTask(config.run.dir, config.cluster.device, config.cluster.requeue))
+        job = executor.submit(RankTask(config.run.dir, config.cluster.device))
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"sbatch refused the job: {error}") from error
     log = job_folder(config) / f"{job.job_id}_0_log"

@@ -34,9 +34,10 @@ from bigtrain.trainer.training import Training
 from bigtrain.trainer.watchdog import Watchdog
 
 
-def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> None:
+def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> str | None:
     """Train `config` in `run_dir` on this rank, from its newest checkpoint on. Collective; every rank calls it.
 
+    Returns the name of the signal that stopped it before its last step, the same on every rank.
     Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
     begin = time.perf_counter()
     clock = Clock(process_start())
@@ -103,6 +104,7 @@ def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> 
     stop()
     if saver.last is not None and saver.last.error:
         raise UserError(f"{saver.last.error}. The same command goes on from the newest checkpoint in {saver.root}")
+    return stop_signal.received if position.step < last_step(config) else None
 
 
 def _go_on(

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from bigtrain.distributed.start import Runtime
 
-STOPPING = "stopping: this step ends, then the run is saved; again to stop at once"
+STOPPING = "stopping: this step ends, then the run is saved; Ctrl-C again stops at once"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def _say_nothing(text: str) -> None:
@@ -19,8 +20,11 @@ def _say_nothing(text: str) -> None:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT set a flag; `agreed` is true on every rank as soon as one has it. A second signal kills, as
-    without us: the last checkpoint is there."""
+    """SIGTERM, SIGINT and SIGUSR2 set a flag; `agreed` is true on every rank as soon as one has it.
+
+    A second SIGINT kills, as without us: the last checkpoint is there. A second SIGTERM does not: Slurm sends two
+    within milliseconds when it preempts a job, and SIGKILL where it wants an end. SIGUSR2 is Slurm's warning ahead of
+    the time limit: who gets it wants to go on later."""
 
     def __init__(self, runtime: Runtime, say: Callable[[str], None] = _say_nothing) -> None:
         """`say` gets STOPPING once, at once: inside the signal handler where this rank got the signal."""
@@ -33,8 +37,9 @@ class StopSignal:
         return signal.Signals(self._number).name if self._number else None
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])  # blocked since the start of bigtrain.train
 
     def agreed(self) -> bool:
         """Collective: one small all-reduce, on the host where there is a GPU, so that no kernel is waited for."""
@@ -42,13 +47,16 @@ class StopSignal:
         number = int(self._runtime.all_reduce(flag, op=dist.ReduceOp.MAX).item())
         if number:  # else leave it: a signal that came during the all-reduce counts at the next step
             self._note(number)
+            self._number = number  # the same on all ranks
         return number != 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
         self._note(number)
 
     def _note(self, number: int) -> None:
-        is_first, self._number = self._number == 0, number
-        if is_first:
+        """The first one counts."""
+        if not self._number:
+            self._number = number
             self._say(STOPPING)

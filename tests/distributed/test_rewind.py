@@ -128,7 +128,7 @@ def train(config: Config, factor: float = 1.0, kill: str = "", jump: int = 0) ->
         patched(Recorder, "train", recorded),
     ):
         try:
-            running.run(config, Path(config.run.dir), Console(enabled=False))
+            running.run(config, Path(config.run.dir), Console(enabled=False), Watchdog())
         except UserError as error:
             return str(error)
     return ""

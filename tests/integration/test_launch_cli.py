@@ -187,10 +187,10 @@ def corpus(folder: Path) -> list[str]:
 
 
 def test_submits_what_the_dry_run_showed(tmp_path: Path) -> None:
-    """sbatch and srun are stand-ins here: the script that arrives is the one shown, and the job is named."""
-    programs = tmp_path / "bin"
+    """Slurm's programs are stand-ins here: the script that arrives is the one shown, and the job is named."""
+    programs, nothing = tmp_path / "bin", [("srun", ""), ("scontrol", ""), ("squeue", "")]
     programs.mkdir()
-    for name, text in (("sbatch", f"cp $1 {tmp_path}/got; echo Submitted batch job 4711"), ("srun", "")):
+    for name, text in (("sbatch", f"cp $1 {tmp_path}/got; echo Submitted batch job 4711"), *nothing):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
         (programs / name).chmod(0o755)
     overrides = [*corpus(tmp_path), "+cluster=slurm", "model=gpt_1b"]

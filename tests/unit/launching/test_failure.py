@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.config.status import HUNG
 from bigtrain.launching import failure
 from bigtrain.launching.failure import Before, RankEnd, find, is_effect
 from bigtrain.telemetry import failures
@@ -59,7 +60,7 @@ def test_a_hang_has_its_verdict(tmp_path: Path) -> None:
     steps(tmp_path, 3)
     record = {"start": START, "phase": "data", "step": 4, "verdict": "rank 1 is in x"}
     failures.write_json(failures.hang_file(tmp_path, "verdict.json"), record)
-    found = find(tmp_path, [RankEnd(0, 75)], START, before)
+    found = find(tmp_path, [RankEnd(0, HUNG)], START, before)
     assert (found.kind, found.cause, found.sign, found.step) == ("hang", "rank 1 is in x", "hang in data", 4)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bigtrain.config.status import HUNG
 from bigtrain.launching.restarts import Failure, refused
 
 
@@ -12,7 +13,7 @@ def crash(sign: str = "ValueError", step: int = 5, *, has_stepped: bool = True, 
 
 
 def hang(sign: str = "hang in data", step: int = 5, *, has_stepped: bool = True) -> Failure:
-    return Failure("hang", "", sign, 75, None, step, has_stepped)
+    return Failure("hang", "", sign, HUNG, None, step, has_stepped)
 
 
 KILLED = crash("SIGKILL", status=137)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
+import random
 import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
+
+from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ClusterConfig, Config, RunConfig
-from bigtrain.launching.slurm import RankTask, rendezvous_port, sbatch_script
+from bigtrain.launching.environment import free_port
+from bigtrain.launching.slurm import RankTask, partition_problems, refuse_live_job, sbatch_script
 
 
 def options(script: str) -> dict[str, str]:
@@ -51,13 +63,91 @@ def test_script_without_gpus_requeue_or_extras() -> None:
     assert text.index("module load python") < text.index("srun")
 
 
-def test_every_node_computes_the_same_port_and_jobs_differ() -> None:
-    assert rendezvous_port("1234") == rendezvous_port("1234") != rendezvous_port("1235")
-    assert 12000 <= rendezvous_port("99999999_7") < 32000
+def test_flags_of_sbatch_that_take_no_value() -> None:
+    found = options(script(sbatch={"exclusive": "true", "mail-type": "END"}))
+    assert (found["exclusive"], found["mail-type"]) == ("", "END")
+
+
+@pytest.mark.parametrize(("status", "requeue", "calls"), [(75, True, 1), (75, False, 0), (0, True, 0), (1, True, 0)])
+def test_the_job_is_queued_again_where_the_ranks_ask_for_it(
+    status: int, requeue: bool, calls: int, tmp_path: Path
+) -> None:
+    """The script runs, with stand-ins for Slurm and for the Python that finds where the ranks meet."""
+    text = script(requeue=requeue).replace(sys.executable, "python")
+    programs = {
+        "python": "echo head-node 12345",
+        "srun": f"echo ranks meet at $MASTER_ADDR:$MASTER_PORT; exit {status}",
+        "scontrol": "echo scontrol $@",
+    }
+    for name, lines in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
+    done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == status
+    assert done.stdout.splitlines() == ["ranks meet at head-node:12345", *["scontrol requeue 4711"] * calls]
+
+
+SHOWN = """PartitionName=short Default=YES MaxTime=01:00:00 State=UP TotalNodes=8
+PartitionName=long Default=NO MaxTime=7-00:00:00 State=UP TotalNodes=4
+PartitionName=free Default=NO MaxTime=UNLIMITED State=UP TotalNodes=2
+"""
+
+
+@pytest.mark.parametrize(
+    ("cluster", "named"),
+    [
+        ({"time": "01:00:00"}, []),
+        ({"time": "02:00:00"}, ["cluster.time"]),
+        ({"time": "02:00:00", "sbatch": {"qos": "long"}}, []),
+        ({"partition": "short,long"}, []),
+        ({"partition": "free"}, []),
+        ({"partition": "free", "num_nodes": 3}, ["cluster.num_nodes"]),
+        ({"partition": "free,long", "num_nodes": 3}, []),
+        ({"num_nodes": 9}, ["cluster.num_nodes", "cluster.time"]),
+        ({"partition": "long,gpu"}, ["cluster.partition"]),
+    ],
+)
+def test_jobs_that_their_partition_cannot_take(cluster: dict[str, Any], named: list[str]) -> None:
+    problems = partition_problems(Config(cluster=ClusterConfig(kind="slurm", **cluster)), SHOWN)
+    assert [problem.key for problem in problems] == named
+    assert not partition_problems(Config(cluster=ClusterConfig(kind="slurm")), "")
+
+
+@pytest.mark.parametrize(
+    ("queue", "is_refused"),
+    [
+        ("", False),
+        ("7|RUNNING|/home/me|{runs}/big/logs/slurm/.submission_file_1.sh", True),
+        ("6|PENDING|/|true\n7|PENDING|{runs}|/home/me/slurm.sbatch big", True),
+        ("7|RUNNING|{runs}|/home/me/slurm.sbatch bigger", False),
+        ("8|RUNNING|{runs}|/home/me/slurm.sbatch big", False),
+    ],
+)
+def test_a_folder_that_a_job_trains_in(
+    queue: str, is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the path of submitit's script or by an argument of another. Job 8 is where the launch itself runs."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{queue.format(runs=tmp_path)}' | grep .; true\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    config = Config(run=RunConfig(name="big", dir=str(tmp_path / "big")))
+    with pytest.raises(UserError, match="job 7 ") if is_refused else contextlib.nullcontext():
+        refuse_live_job(config)
 
 
 def test_task_travels_to_the_nodes() -> None:
-    task = RankTask("/shared/big", "cuda", requeue=True)
+    task = RankTask("/shared/big", "cuda")
     assert pickle.loads(pickle.dumps(task)) == task
-    assert task.checkpoint() is not None
-    assert RankTask("/shared/big", "cuda", requeue=False).checkpoint() is None
+
+
+def test_a_port_that_is_taken_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        ports = [taken.getsockname()[1]] * 3 + [free_port()]
+        expected = ports[-1]
+        monkeypatch.setattr(random.SystemRandom, "randrange", lambda *_: ports.pop(0))
+        assert free_port() == expected

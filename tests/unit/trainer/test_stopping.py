@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from bigtrain.trainer.stopping import STOPPING, StopSignal
+from bigtrain.trainer.stopping import SIGNALS, STOPPING, StopSignal
 
 
 class Ranks:
@@ -25,13 +26,13 @@ class Ranks:
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_remembered(number: signal.Signals) -> None:
     stop = StopSignal(Ranks())  # type: ignore[arg-type]
     stop.install()
@@ -41,12 +42,23 @@ def test_a_signal_is_remembered(number: signal.Signals) -> None:
     assert stop.agreed()
 
 
-def test_a_second_signal_is_not_caught() -> None:
+def test_only_a_second_ctrl_c_is_not_caught() -> None:
+    """Slurm sends SIGTERM twice within milliseconds when it preempts a job."""
     stop = StopSignal(Ranks())  # type: ignore[arg-type]
     stop.install()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    assert stop.received == "SIGTERM", "the first one counts"
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL != signal.getsignal(signal.SIGUSR2)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_a_warning_ahead_of_time_is_not_lost() -> None:
+    stop = StopSignal(Ranks())  # type: ignore[arg-type]
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)  # other threads of the tests do not block it
+    stop.install()
+    assert stop.received == "SIGUSR2"
 
 
 def test_a_signal_of_another_rank_stops_this_one_and_is_named() -> None:
