@@ -33,6 +33,8 @@ UNCHANGING = [
     "train.recompute",
     "train.stop_after",
     "cluster.",
+    "watchdog.",
+    "anomaly.",
     "tracker.",
     "checkpoint.",
     "eval.",

@@ -21,6 +21,7 @@ import pytest
 from bigtrain.config import frozen
 from bigtrain.config.schema import AnomalyConfig, CheckpointConfig, Config, ParallelConfig
 from bigtrain.data.passed_over import FILE, read
+from bigtrain.trainer.watchdog import Watchdog
 from tests.distributed.harness import PoolFactory, RankError
 from tests.integration.runs import build_shards, committed, config_of, records, trajectory
 
