@@ -34,9 +34,8 @@ class Snapshot:
     def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
         """The fragments that this rank owns, as they are now. Returns once they are copied."""
         owned = [fragment for fragment in fragments if fragment.owned]
-        flats = [flat for fragment in owned for flat in fragment.tensors.values()]
-        device = next((flat.device for flat in flats), torch.device("cpu"))
-        self._reserve(sum(map(_room, flats)), device)
+        self.reserve(owned)
+        device = _device_of(owned)
         copies: list[Fragment] = []
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         at = 0
@@ -57,10 +56,16 @@ class Snapshot:
             torch.cuda.current_stream(device).synchronize()
         return copies
 
-    def _reserve(self, num_bytes: int, device: torch.device) -> None:
+    def reserve(self, fragments: Iterable[Fragment]) -> None:
+        """Take the memory that `take` of these will need, and touch it: the first copy is as fast as the others.
+
+        Raises RuntimeError where there is none."""
+        every = list(fragments)
+        num_bytes = room(every)
         if self._memory.numel() < num_bytes:
             self._memory = torch.empty(0, dtype=torch.uint8)  # let go of the old first
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            is_on_gpu = _device_of(every).type == "cuda"
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_on_gpu).zero_()
 
 
 def _copy_on_host(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -81,5 +86,15 @@ def _copy_on_host(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         list(pool.map(copy, pieces))
 
 
+def room(fragments: Iterable[Fragment]) -> int:
+    """Bytes that a copy of these takes: of those that the rank owns."""
+    return sum(_room(flat) for fragment in fragments if fragment.owned for flat in fragment.tensors.values())
+
+
 def _room(flat: torch.Tensor) -> int:
     return -(-flat.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _device_of(fragments: Iterable[Fragment]) -> torch.device:
+    flats = (flat for fragment in fragments for flat in fragment.tensors.values())
+    return next((flat.device for flat in flats), torch.device("cpu"))

@@ -66,6 +66,8 @@ def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> 
     if position.step >= last_step(config) and tells_of(run_dir, position.step):
         console.note(f"already finished: {position.step:,} steps")
         return stop()
+    if told := saver.reserve(engine):
+        console.note(told)
     throughput = _throughput(config, runtime, console)
 
     with Recorder(

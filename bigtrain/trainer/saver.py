@@ -25,12 +25,13 @@ from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import store
 from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.slices import Fragment
-from bigtrain.checkpoint.snapshot import Snapshot
+from bigtrain.checkpoint.snapshot import Snapshot, room
 from bigtrain.config import frozen
 from bigtrain.config.errors import UserError
 from bigtrain.config.same_run import difference
 from bigtrain.config.schema import Config
 from bigtrain.data.order import Cursor
+from bigtrain.distributed.memory import free_host_bytes
 from bigtrain.engine import state as engine_state
 from bigtrain.engine.engine import Engine
 from bigtrain.telemetry.goodput import Clock
@@ -41,6 +42,9 @@ from bigtrain.trainer.watchdog import Watchdog
 
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 LAST_SAVE_S = 10.0
+"""Seconds that a save under way may still take when its rank fails."""
+SHARE_OF_FREE_MEMORY = 0.5
+"""Of the host's, that a copy may take: on a CPU Adam's moments are still to come, on any machine activations."""
 ORIGIN = ("init_from", "imported")
 """Keys of state.json: where the run's first weights came from, and what an import of them wrote down."""
 
@@ -95,6 +99,7 @@ class Saver:
         self._finished: list[Outcome] = []
         self.last: Outcome | None = None
         """How the last save ended; None before the first has."""
+        self._is_async = config.checkpoint.async_
         # the thread's collectives must not mix with those of the step
         group = dist.new_group(backend="gloo", group_desc="checkpoint") if config.checkpoint.async_ else None
         self._group = cast("dist.ProcessGroup | None", group)
@@ -105,6 +110,28 @@ class Saver:
         if self.last is None or (self._pending is not None and not self._pending.done()):
             return None
         return Cost(self.last.stall_s, self.last.seconds)
+
+    def reserve(self, engine: Engine) -> str:
+        """Take the host memory of checkpoint.async now: no save is to fail for want of it later. Where a rank has not
+        enough, all saves are written while training waits. Returns what to tell the user. Collective."""
+        if not self._is_async:
+            return ""
+        fragments = engine_state.fragments(engine)
+        needed, free = room(fragments), free_host_bytes()
+        fits = needed <= SHARE_OF_FREE_MEMORY * free
+        if fits:
+            try:
+                self._snapshot.reserve(fragments)
+            except RuntimeError:  # torch's: it could not allocate, or not pin
+                fits = False
+        short: list[str] = [""] * dist.get_world_size()
+        mine = "" if fits else f"{needed / 1e9:,.1f} GB for it, {free / 1e9:,.1f} GB are free"
+        dist.all_gather_object(short, mine)
+        without = [f"rank {rank} would take {why}" for rank, why in enumerate(short) if why]
+        if not without:
+            return ""
+        self._is_async, self._snapshot = False, Snapshot()
+        return f"warning: checkpoint.async: too little host memory for a copy: {without[0]}. Training waits for its saves"
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of `step` is, once it is saved."""
@@ -121,7 +148,7 @@ class Saver:
         begin = time.perf_counter()
         self._join()
         state, fragments = self._state(engine, step, cursor, loss), engine_state.fragments(engine)
-        if not self._config.checkpoint.async_:
+        if not self._is_async:
             outcome = self._write(step, fragments, state, begin, None)
             self._end(replace(outcome, stall_s=outcome.seconds))
             return

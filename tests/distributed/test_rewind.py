@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from bigtrain.config import frozen
 from bigtrain.config.schema import AnomalyConfig, CheckpointConfig, Config, ParallelConfig
 from bigtrain.data.passed_over import FILE, read
 from bigtrain.trainer.watchdog import Watchdog
-from tests.distributed.harness import PoolFactory, RankError
+from tests.distributed.harness import PoolFactory, RankError, patched
 from tests.integration.runs import build_shards, committed, config_of, records, trajectory
 
 STEPS, SIZE, BACK = 14, 8, 4
@@ -49,16 +48,6 @@ def config(run_dir: Path, data: Path, anomaly: AnomalyConfig, world: int = 1, ze
     )
     frozen.save(found, run_dir)
     return found
-
-
-@contextmanager
-def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def train(config: Config, factor: float = 1.0, kill: str = "", jump: int = 0) -> str:

@@ -98,20 +98,50 @@ def test_without_async_a_save_is_durable_when_it_returns(pool: PoolFactory, tmp_
         assert end.seconds == end.stall_s > 0 and not end.error
 
 
-def fail_on_one_rank(config: Config, run_dir: Path, failing: int) -> list[str]:
-    """On a rank: how three saves ended, of which the second meets a full disk on rank `failing`."""
+def without_memory(config: Config, run_dir: Path, poor: int) -> tuple[str, bool]:
+    """On a rank: what is told where rank `poor` has no memory for a copy, and whether a save is durable at once."""
+    from bigtrain.trainer import saver as savers
+
+    engine, saver = started(config, run_dir)
+    free = savers.free_host_bytes
+    if engine.runtime.topology.rank == poor:
+        savers.free_host_bytes = lambda: 1000
+    try:
+        told = saver.reserve(engine)
+    finally:
+        savers.free_host_bytes = free
+    saver.save(engine, 1, cursor_at(1))
+    (end,) = saver.finished()
+    return told, end.stall_s == end.seconds and not end.error
+
+
+def test_where_one_rank_has_no_memory_for_a_copy_all_wait_for_their_saves(pool: PoolFactory, tmp_path: Path) -> None:
+    for told, is_durable in pool(2).run(without_memory, config(), tmp_path, 1):
+        assert "rank 1 would take 0.0 GB for it, 0.0 GB are free" in told
+        assert is_durable
+
+
+def fail_on_one_rank(config: Config, run_dir: Path, failing: int) -> tuple[list[str], list[int]]:
+    """On a rank: how three saves ended, of which the second meets a full disk on rank `failing`, and the steps whose
+    files this rank deleted."""
     import errno
 
+    from bigtrain.checkpoint import folder
     from bigtrain.checkpoint.direct_file import DirectFile
 
     engine, saver = started(config, run_dir)
-    write = DirectFile.write
+    write, drop, dropped = DirectFile.write, folder.drop_partial, []
+
+    def noted(root: Path, step: int) -> None:
+        dropped.append(step)
+        drop(root, step)
 
     def full(self: Any, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     saver.save(engine, 1, cursor_at(1))
     ends = saver.wait()
+    folder.drop_partial = noted
     if engine.runtime.topology.rank == failing:
         DirectFile.write = full  # type: ignore[method-assign]
     try:
@@ -120,14 +150,17 @@ def fail_on_one_rank(config: Config, run_dir: Path, failing: int) -> list[str]:
         ends += saver.wait()
     finally:
         DirectFile.write = write  # type: ignore[method-assign]
+        folder.drop_partial = drop
     saver.save(engine, 3, cursor_at(3))
-    return [end.error for end in ends + saver.wait()]
+    return [end.error for end in ends + saver.wait()], dropped
 
 
 def test_a_full_disk_of_one_rank_fails_the_save_of_all_and_the_next_succeeds(pool: PoolFactory, tmp_path: Path) -> None:
-    for first, second, third in pool(2).run(fail_on_one_rank, config(keep=9), tmp_path, 1):
+    ranks = pool(2).run(fail_on_one_rank, config(keep=9), tmp_path, 1)
+    for (first, second, third), _ in ranks:
         assert (first, third) == ("", "")
         assert second == "the checkpoint of step 2 was not saved: rank 1: No space left on device"
+    assert [dropped for _, dropped in ranks] == [[2], []], "who commits cleans up; another might delete what it commits"
     there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert there == ["latest", "step-00000001", "step-00000003"]
 

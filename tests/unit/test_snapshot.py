@@ -26,3 +26,11 @@ def test_memory_is_taken_once() -> None:
     first, second = (memory.take([Fragment(Shard("a", (100,)), 0, {"weight": flat}, True)])[0] for _ in range(2))
     assert first.tensors["weight"].data_ptr() == second.tensors["weight"].data_ptr()
     assert memory.num_bytes == 448
+
+
+def test_memory_is_there_before_the_first_copy() -> None:
+    memory, fragments = snapshot.Snapshot(), [Fragment(Shard("a", (100,)), 0, {"weight": torch.randn(100)}, True)]
+    memory.reserve(fragments)
+    assert memory.num_bytes == snapshot.room(fragments) == 448
+    place = memory._memory.data_ptr()
+    assert memory.take(fragments)[0].tensors["weight"].data_ptr() == place
