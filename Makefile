@@ -54,7 +54,7 @@ bench: install  ## speed of a training step against plain PyTorch and Transforme
 bench-data: install .venv/bench/.installed  ## speed of reading data against webdataset, streaming, litdata, megatron-core
 	$(BIN)/python tools/bench/data.py
 
-bench-checkpoint: install  ## speed of checkpoints against torch.save, safetensors, dcp and the disk: 20 minutes, 15 GB
+bench-checkpoint: install  ## speed of checkpoints against torch.save, safetensors, dcp and the disk: 25 minutes, 15 GB
 	$(BIN)/python tools/bench/checkpoint.py
 
 # Beside the packages of .venv and behind them: none of those changes.

@@ -131,7 +131,9 @@ class Saver:
         if not without:
             return ""
         self._is_async, self._snapshot = False, Snapshot()
-        return f"warning: checkpoint.async: too little host memory for a copy: {without[0]}. Training waits for its saves"
+        return (
+            f"warning: checkpoint.async: too little host memory for a copy: {without[0]}. Training waits for its saves"
+        )
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of `step` is, once it is saved."""
