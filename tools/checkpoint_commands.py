@@ -16,7 +16,10 @@ INSPECT = """examples:
   python tools/checkpoint.py inspect runs/default/checkpoints/step-00000300 --tensors
   python tools/checkpoint.py inspect runs/default --json | jq .num_sequences
 
-Reads no tensor, so it answers at once. exit status: 0, 1 where something of it cannot be read, 2 for no checkpoint"""
+Reads no tensor, so it answers at once. Files that are missing or have another size than manifest.json says are named;
+bytes that changed are not seen: that is verify's.
+
+exit status: 0, 1 where something of it cannot be read or a file is not as long as it was, 2 for no checkpoint"""
 VERIFY = """examples:
   python tools/checkpoint.py verify runs/default/checkpoints/step-00000300
   python tools/checkpoint.py verify runs/default --all --files-only

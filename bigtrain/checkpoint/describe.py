@@ -45,7 +45,7 @@ class Description:
     """state.json; empty where it cannot be read."""
     manifest: Manifest | None = None
     problems: tuple[str, ...] = ()
-    """What could not be read."""
+    """What could not be read, and files that are missing or have another size than they had."""
 
     @property
     def num_bytes(self) -> int:
@@ -104,22 +104,28 @@ def find_committed(path: Path) -> Path:
 
 
 def describe(folder: Path) -> Description:
-    """What the checkpoint in `folder` is. What cannot be read is told in `problems`."""
+    """What the checkpoint in `folder` is. What cannot be read, or has another size than it had, is told in
+    `problems`."""
     problems: list[str] = []
     marker = folder / COMMITTED
     state: dict[str, Any] = {}
     known: Manifest | None = None
-    try:
-        state = folders.state_of(folder)
-    except UserError as error:
-        problems.append(str(error))
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     if marker.is_file():
         try:
             known = manifest.read(folder)
         except UserError as error:
             problems.append(str(error))
+    misfits = (
+        {name: manifest.size_problem(file, files.get(name)) for name, file in known.files.items()} if known else {}
+    )
+    problems += [f"checkpoint {folder}: {name}: {problem}" for name, problem in misfits.items() if problem]
+    try:
+        state = folders.state_of(folder)
+    except UserError as error:
+        if not misfits.get(folders.STATE):  # a line a file is enough
+            problems.append(str(error))
     saved_at = datetime.fromtimestamp(marker.stat().st_mtime) if marker.is_file() else None
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     return Description(folder, marker.is_file(), saved_at, files, state, known, tuple(problems))
 
 

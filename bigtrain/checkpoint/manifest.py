@@ -91,6 +91,14 @@ def hash_of(content: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(content)
 
 
+def size_problem(expected: File, found_bytes: int | None) -> str:
+    """What is wrong with a file by its size alone; None: there is no such file. Empty where nothing is."""
+    wanted = f"{MANIFEST} says {expected.size_bytes:,} bytes"
+    if found_bytes is None:
+        return f"the file is missing, {wanted}"
+    return "" if found_bytes == expected.size_bytes else f"it has {found_bytes:,} bytes, {wanted}"
+
+
 def file_of(path: Path, progress: Callable[[int], None] | None = None) -> File:
     """What a file is now. `progress`: is told the bytes that were read since it was last told. Raises OSError."""
     state, size = xxhash.xxh3_64(), 0

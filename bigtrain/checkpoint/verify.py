@@ -77,13 +77,10 @@ def _manifest(folder: Path, problems: list[str]) -> Manifest | None:
 def _files(folder: Path, known: Manifest, progress: Progress) -> Iterator[str]:
     there = {path.name: path for path in sorted(folder.iterdir())}
     for name, expected in known.files.items():
-        if name not in there or not there[name].is_file():
-            yield f"{name}: the file is missing"
-            continue
         try:
-            found_bytes = there[name].stat().st_size
-            if found_bytes != expected.size_bytes:
-                yield f"{name}: it has {found_bytes:,} bytes, {MANIFEST} says {expected.size_bytes:,}"
+            found_bytes = there[name].stat().st_size if name in there and there[name].is_file() else None
+            if problem := manifest.size_problem(expected, found_bytes):
+                yield f"{name}: {problem}"
             elif (found := manifest.file_of(there[name], progress).xxh3) != expected.xxh3:
                 yield f"{name}: its bytes have changed (hash {found}, {MANIFEST} says {expected.xxh3})"
         except OSError as error:

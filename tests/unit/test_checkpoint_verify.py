@@ -81,7 +81,7 @@ DAMAGE = [
     ("truncated", {"__0_0.distcp: it has 1,3", "exp_avg_sq.output_layer.weight: it cannot be read: __0_0.distcp"}),
     ("missing", {"__0_0.distcp: the file is missing", f"{EMBEDDING}: it cannot be read: __0_0.distcp is missing"}),
     ("index", {".metadata: its bytes have changed", ".metadata: no tensor was read"}),
-    ("state", {"state.json: it has 2 bytes"}),
+    ("state", {"state.json: it has 2 bytes, manifest.json says "}),
     ("tokenizer", {"tokenizer.model: its bytes have changed"}),
     ("unknown", {"stray: manifest.json does not know it"}),
     ("marker", {"COMMITTED: it is missing, so this checkpoint was never committed"}),
