@@ -36,6 +36,8 @@ from bigtrain.config.errors import UserError
 
 STATE = "state.json"
 LATEST = "latest"
+HF_SETTINGS = "config.json"
+"""What a Hugging Face folder has, and no checkpoint of ours."""
 FORMAT = 3
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL = re.compile(r"\.step-\d{8,}\.partial")
@@ -81,14 +83,23 @@ def candidates(path: Path) -> list[Path]:
         path = path.resolve() if path.exists() else path.parent  # killed as it was turned
     if not path.is_dir():
         raise UserError(f"checkpoint {path}: there is no such folder")
-    if step_of(path) is not None or (path / STATE).is_file():
-        if not (path / COMMITTED).is_file():
-            raise UserError(f"checkpoint {path}: it was never committed (no {COMMITTED} in it); use an older one")
+    is_one = step_of(path) is not None or (path / STATE).is_file()
+    if is_one and (path / COMMITTED).is_file():
         return [path]
-    found = committed(path / "checkpoints") or committed(path)
-    if not found:
-        raise UserError(f"checkpoint {path}: no committed checkpoint (step-NNNNNNNN/{COMMITTED}) in there")
-    return found[::-1]
+    found = [] if is_one else committed(path / "checkpoints") or committed(path)
+    if found:
+        return found[::-1]
+    if is_hugging_face(path):
+        make = f"python tools/checkpoint.py import-hf {path} CKPT"
+        raise UserError(f"checkpoint {path}: it is a Hugging Face folder. Make a checkpoint of it: {make}")
+    if is_one:
+        raise UserError(f"checkpoint {path}: it was never committed (no {COMMITTED} in it); use an older one")
+    raise UserError(f"checkpoint {path}: no committed checkpoint (step-NNNNNNNN/{COMMITTED}) in there")
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder is a model as Transformers keeps it."""
+    return (path / HF_SETTINGS).is_file() and not (path / STATE).is_file()
 
 
 def prepare(root: Path, step: int, size_bytes: int) -> Path:

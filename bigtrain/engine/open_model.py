@@ -19,9 +19,6 @@ from bigtrain.data.tokenizer import FILES, HUGGING_FACE, Tokenizer
 if TYPE_CHECKING:
     from bigtrain.checkpoint.slices import Fragment
 
-_SETTINGS = "config.json"
-"""Of a Hugging Face folder."""
-
 
 @dataclass(frozen=True)
 class OpenModel:
@@ -64,8 +61,7 @@ def open_model(path: str | Path, *, tokenizer: Tokenizer | None = None) -> OpenM
 
     Raises UserError where there is none, it was never committed, or this version does not know it."""
     path = Path(path)
-    is_hugging_face = (path / _SETTINGS).is_file() and not (path / folders.STATE).is_file()
-    return _hugging_face(path, tokenizer) if is_hugging_face else _checkpoint(path, tokenizer)
+    return _hugging_face(path, tokenizer) if folders.is_hugging_face(path) else _checkpoint(path, tokenizer)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -111,7 +107,7 @@ def _hugging_face(folder: Path, instead: Tokenizer | None) -> OpenModel:
     model = hf_folder.load_settings(folder)
     wrong = _problems(model, 1)
     if wrong:
-        raise UserError(f"{folder / _SETTINGS}: its model is not one that this version knows ({wrong})")
+        raise UserError(f"{folder / folders.HF_SETTINGS}: its model is not one that this version knows ({wrong})")
     found, _ = hf_folder.check_tensors(folder, model)
     tokenizer = _tokenizer(folder, instead)
     hf_folder.check_tokenizer(folder, model, tokenizer.vocab_size)
