@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, cast
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import manifest
-from bigtrain.checkpoint.manifest import COMMITTED, MANIFEST, Manifest
+from bigtrain.checkpoint.manifest import COMMITTED, Manifest
 from bigtrain.config.errors import UserError
 
-INDEX = ".metadata"
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "bool": 1}
 _RANK_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -86,21 +85,10 @@ class Description:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that a user means, as `folders.resolve` finds it; by its own path also one that is damaged, was
-    never committed, or has another name. Raises UserError where there is none."""
-    if path.is_symlink():
-        path = path.parent / path.readlink()
-    if path.is_dir() and any((path / name).is_file() for name in (folders.STATE, MANIFEST, INDEX)):
-        return path
-    return folders.resolve(path)
-
-
-def find_committed(path: Path) -> Path:
-    """As `find`. Raises UserError for one that was never committed: what is in it is not known."""
-    found = find(path)
-    if not (found / COMMITTED).is_file():
-        raise UserError(f"checkpoint {found}: it was never committed (no {COMMITTED} in it); use an older one")
-    return found
+    """As `folders.resolve`, and by its own path also one that was never committed. Raises UserError where there is
+    none."""
+    path = folders.followed(path)
+    return path if folders.is_checkpoint(path) else folders.resolve(path)
 
 
 def describe(folder: Path) -> Description:

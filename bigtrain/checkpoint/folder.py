@@ -24,6 +24,7 @@ from typing import Any, cast
 
 from bigtrain.checkpoint.manifest import (
     COMMITTED,
+    INDEX,
     MANIFEST,
     DamagedCheckpoint,
     File,
@@ -79,14 +80,13 @@ def resolve(path: Path) -> Path:
 
 def candidates(path: Path) -> list[Path]:
     """As `resolve`, and behind it the older ones that would do where a run was named and its newest is damaged."""
-    if path.name == LATEST and path.is_symlink():
-        path = path.resolve() if path.exists() else path.parent  # killed as it was turned
+    path = followed(path)
     if not path.is_dir():
         raise UserError(f"checkpoint {path}: there is no such folder")
-    is_one = step_of(path) is not None or (path / STATE).is_file()
+    is_one = step_of(path) is not None or is_checkpoint(path)
     if is_one and (path / COMMITTED).is_file():
         return [path]
-    found = [] if is_one else committed(path / "checkpoints") or committed(path)
+    found = committed(path / "checkpoints") or committed(path)
     if found:
         return found[::-1]
     if is_hugging_face(path):
@@ -95,6 +95,18 @@ def candidates(path: Path) -> list[Path]:
     if is_one:
         raise UserError(f"checkpoint {path}: it was never committed (no {COMMITTED} in it); use an older one")
     raise UserError(f"checkpoint {path}: no committed checkpoint (step-NNNNNNNN/{COMMITTED}) in there")
+
+
+def followed(path: Path) -> Path:
+    """What the link `latest` means; any other path as it is."""
+    if path.name == LATEST and path.is_symlink():
+        return path.parent / path.readlink() if path.exists() else path.parent  # killed as it was turned
+    return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder, of any name, is or was a checkpoint of ours: also one that does not count, or lost files."""
+    return any((path / name).is_file() for name in (STATE, MANIFEST, INDEX))
 
 
 def is_hugging_face(path: Path) -> bool:

@@ -19,6 +19,8 @@ from bigtrain.config.errors import UserError
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+INDEX = ".metadata"
+"""torch.distributed.checkpoint's own file: which rectangle of which tensor lies where."""
 _READ_BYTES = 8 << 20
 
 

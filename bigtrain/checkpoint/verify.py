@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigtrain.checkpoint import manifest
-from bigtrain.checkpoint.manifest import COMMITTED, MANIFEST, Manifest
+from bigtrain.checkpoint.manifest import COMMITTED, INDEX, MANIFEST, Manifest
 from bigtrain.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,9 +107,9 @@ def _tensors(
     try:
         there = tensors_in(folder)
     except UserError as error:
-        return {}, [f".metadata: no tensor was read: {str(error).removeprefix(f'checkpoint {folder}: ')}"]
+        return {}, [f"{INDEX}: no tensor was read: {str(error).removeprefix(f'checkpoint {folder}: ')}"]
     lost = _lost(folder, wrong_files, there)
-    problems = [f"{name}: the index .metadata does not know it" for name in sorted(known.tensors.keys() - there.keys())]
+    problems = [f"{name}: the index {INDEX} does not know it" for name in sorted(known.tensors.keys() - there.keys())]
     problems += [f"{name}: {MANIFEST} does not know it" for name in sorted(there.keys() - known.tensors.keys())]
     # a file at a time, as it was written
     names = known.tensors.keys() & there.keys() - {name for names in lost.values() for name in names}

@@ -16,6 +16,7 @@ from typing import Any
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import hf_config
+from bigtrain.checkpoint.saved_model import saved_model
 from bigtrain.config import locations
 from bigtrain.config.errors import UserError
 from bigtrain.config.problem import Problem
@@ -104,11 +105,7 @@ def _opened(path: Path) -> tuple[Path, ModelConfig]:
     if not path.is_dir():
         raise UserError("there is no such folder")
     folder = folders.resolve(path)
-    state = folders.state_of(folder)
-    try:
-        return folder, ModelConfig(**state["config"]["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"its model is not one that this version knows ({type(error).__name__}: {error})") from error
+    return folder, saved_model(folder, folders.state_of(folder)).model
 
 
 def _other_model(ours: ModelConfig, theirs: ModelConfig, *, is_hugging_face: bool) -> Iterator[Problem]:

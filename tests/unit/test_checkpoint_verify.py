@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import manifest
-from bigtrain.checkpoint.describe import INDEX
+from bigtrain.checkpoint.manifest import INDEX
 from bigtrain.checkpoint.reader import read_index, tensors_in
 from bigtrain.checkpoint.reshard import plan, reshard
 from bigtrain.checkpoint.stored import Chunk
