@@ -171,7 +171,9 @@ def commit(
         _delete(final)
     partial.rename(final)
     sync(root)
-    _write(final / COMMITTED, f"{hash_of(manifest)}\n".encode())
+    marker = final / f".{COMMITTED}.partial"  # on a full disk it would be there, and empty
+    _write(marker, f"{hash_of(manifest)}\n".encode())
+    marker.rename(final / COMMITTED)
     sync(final)
     with contextlib.suppress(OSError):  # it counts already, and not every file system has links
         _turn_latest(root, final)
