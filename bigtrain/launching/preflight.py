@@ -14,10 +14,10 @@ from bigtrain.config.check import Problem, get
 from bigtrain.config.frozen import FILE
 from bigtrain.config.schema import Config
 from bigtrain.launching import machine
+from bigtrain.launching.slurm import SUBMISSION
+from bigtrain.launching.slurm_script import slurm_folder
 from bigtrain.launching.wandb_key import has_wandb_key
 
-SUBMITTED = "*_submission.sh"
-"""In RUN/logs/slurm: submitit's script of a job that sbatch took; of one that it refused, the name is another."""
 UNCHANGING = [
     "run.dir",
     "dry_run",
@@ -55,7 +55,7 @@ def has_begun(run_dir: Path) -> bool:
     return (
         (metrics.is_file() and metrics.stat().st_size > 0)
         or (checkpoints.is_dir() and next(checkpoints.iterdir(), None) is not None)
-        or any((run_dir / "logs" / "slurm").glob(SUBMITTED))
+        or any(slurm_folder(run_dir).glob(f"*{SUBMISSION}"))
     )
 
 
