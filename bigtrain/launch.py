@@ -99,7 +99,7 @@ def launch(config: Config, arguments: Arguments, *, began: float) -> int:
         print(plan(config))
         return 0
     if config.cluster.kind == "slurm" and not arguments.freeze:
-        slurm.require(config)
+        slurm.require(Batch.of_run(config))
     slurm.refuse_live_job(config)
     with only_launch(Path(config.run.dir)):
         finished = outcome.already_finished(config, arguments.settings)
@@ -127,7 +127,7 @@ def launch_sweep(arguments: Arguments) -> int:
         print(f"{sweep.table(asked)}\n\nthe first of them:\n\n{plan(config, asked.batch)}")
         return 0
     if is_slurm and not arguments.freeze:
-        slurm.require(config)
+        slurm.require(asked.batch)
     queue = slurm.queue(config)
     found, done = sweep.open_runs(asked, queue)
     print("".join(f"{line}\n" for line in done), end="")

@@ -8,6 +8,8 @@ launchers/slurm.sbatch does the same without us.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -21,25 +23,49 @@ from bigtrain.config.cluster_rules import time_limit_minutes
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.launching.meeting import fields_of
-from bigtrain.launching.slurm_script import Batch, RankTask, job_parameters, python_of_ranks, slurm_folder
+from bigtrain.launching.slurm_script import (
+    Batch,
+    RankTask,
+    job_parameters,
+    python_of_ranks,
+    sbatch_script,
+    slurm_folder,
+)
 
 SUBMISSION = "_submission.sh"
 """Behind a job's number: submitit's script of a job that sbatch took. Of one that it refused, the name is another."""
 
 
-def require(config: Config) -> None:
-    """Raises UserError where this job cannot be submitted from here, as far as Slurm says so before it is submitted.
-
-    `sbatch --test-only` says less than it seems: it also refuses a job that would wait for a node under repair."""
+def require(batch: Batch) -> None:
+    """Raises UserError where this job cannot be submitted from here, as far as Slurm says so before it is submitted."""
     for program in ("sbatch", "srun", "scontrol"):
         if shutil.which(program) is None:
             raise UserError(
                 f"cluster.kind=slurm: there is no {program} on this machine. Run it on a login node of the cluster, "
                 "look at the script with dry_run=true, or leave +cluster=slurm out to run here."
             )
-    problems = partition_problems(config, _ask(["scontrol", "--oneliner", "show", "partition"]))
+    problems = partition_problems(batch.config, _ask(["scontrol", "--oneliner", "show", "partition"]))
     if problems:
         raise UserError("\nerror: ".join(map(str, problems)))
+    _try_out(batch)
+
+
+def _try_out(batch: Batch) -> None:
+    """Raises UserError where sbatch says that a value is invalid: account, qos, reservation, feature, node, resource.
+
+    What else --test-only says counts for nothing: it also refuses a job that would wait for a node under repair."""
+    command = ["sbatch", "--test-only"]
+    try:
+        done = subprocess.run(command, input=sbatch_script(batch), capture_output=True, text=True, timeout=90)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"cluster.kind=slurm: `{shlex.join(command)}` failed: {error}") from error
+    if done.returncode and "invalid" in done.stderr.lower():
+        raise UserError(_refused(done.stderr))
+
+
+def _refused(said: str) -> str:
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in said.splitlines() if line.strip()]
+    return f"sbatch refuses the job: {'; '.join(lines)}. dry_run=true shows what it is asked for."
 
 
 def partition_problems(config: Config, shown: str) -> list[Problem]:
@@ -141,9 +167,10 @@ def submit(batch: Batch, run_dirs: Sequence[str]) -> list[str]:
     executor = submitit.SlurmExecutor(folder=batch.folder, python=python_of_ranks(batch.config.cluster))
     executor.update_parameters(**job_parameters(batch))
     try:
-        jobs = executor.submit_array([RankTask(run_dir, batch.config.cluster.device) for run_dir in run_dirs])
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit passes on what sbatch says; the error says it, too
+            jobs = executor.submit_array([RankTask(run_dir, batch.config.cluster.device) for run_dir in run_dirs])
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"sbatch refused the job: {error}") from error
+        raise UserError(_refused(str(error))) from error
     for run_dir, job in zip(run_dirs, jobs, strict=True):
         _link(batch, Path(run_dir), job.job_id)
     return [job.job_id for job in jobs]
