@@ -146,7 +146,7 @@ def launch_sweep(arguments: Arguments) -> int:
             print(f"\n{sweep.table(found)}")
             return 0
         if is_slurm:
-            print(sweep.submitted(found, slurm.submit(found.batch, [run.config.run.dir for run in found.runs])))
+            print(sweep.submitted(found, slurm.submit(found.batch)))
             return 0
         return _one_by_one(found)
 
@@ -189,7 +189,7 @@ def _train(config: Config) -> int:
 
 def _start(config: Config, settings: Sequence[str], began: float) -> int:
     if config.cluster.kind == "slurm":
-        (job,) = slurm.submit(Batch.of_run(config), [config.run.dir])
+        (job,) = slurm.submit(Batch.of_run(config))
         print(slurm.told(config, job))
         return 0
     return _train(config) or _finish(config, settings, began)

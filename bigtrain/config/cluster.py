@@ -1,7 +1,7 @@
 """Where the ranks run: the group cluster of the schema.
 
-A cluster's site is a preset of this group, one file: launchers/README.md shows how. What Slurm knows by a name of its
-own has the name here that `sbatch --help` gives it, where that is possible; the string under a field names it otherwise.
+A cluster's site is a preset of this group, one file: launchers/README.md shows how. Keys have the names of sbatch's
+options, or the string under the field says which one it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is wrong with the group cluster, as far as its text says. Pure; Slurm itself is asked later, by launching/slurm.py."""
+"""What is wrong with the group cluster, as far as its text says. Pure; launching/slurm.py asks Slurm itself, later."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ _FORMS: dict[str, tuple[str, str]] = {
     "container_image": (r"\S+", "Write the path of an image without spaces, or REGISTRY#NAME:TAG"),
     "container_python": (r"\S+", "Write a path or a name without spaces"),
 }
-"""Keys of text, with what they look like and the words for it. Nothing with a line break could be a line of a script."""
-_MAIL = (
-    "NONE BEGIN END FAIL REQUEUE ALL INVALID_DEPEND STAGE_OUT TIME_LIMIT TIME_LIMIT_90 TIME_LIMIT_80 TIME_LIMIT_50 "
-    "ARRAY_TASKS"
-).split()
+"""Keys of text, with what they look like and the words for it. None has a line break, which would end its line of the
+script."""
+_MAIL = ("NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "TIME_LIMIT", "ARRAY_TASKS")
+_MAIL += ("TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50")
 _OF_SLURM = ("partition", "account", "qos", "reservation", "constraint", "exclude", "gres", "memory", "mail_user")
 _KEY_OF_OPTION = {
-    **{name: name.replace("-", "_") for name in ("partition", "account", "qos", "reservation", "constraint", "exclude")},
+    **{
+        name: name.replace("-", "_") for name in ("partition", "account", "qos", "reservation", "constraint", "exclude")
+    },
     **{name: name for name in ("gres", "time", "requeue")},
     "nodes": "num_nodes",
     "ntasks-per-node": "procs_per_node",

@@ -43,7 +43,9 @@ def copy_code(folder: Path, package: Path = PACKAGE) -> None:
             folder.rename(old)
         aside.rename(folder)
     except OSError as error:
-        raise UserError(f"{folder}: the code cannot be copied there: {error.strerror}. Choose another run.dir.") from error
+        raise UserError(
+            f"{folder}: the code cannot be copied there: {error.strerror}. Choose another run.dir."
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         _remove(old)
@@ -66,7 +68,10 @@ def origin(package: Path) -> str:
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return text + "not in a git checkout\n"
     commit = _git(package, "log", "-1", "--format=commit %H%n%cI  %s") or "no commit yet\n"
-    status, diff = _git(package, "status", "--short", "--", "."), _git(package, "diff", "--no-color", "--no-ext-diff", "HEAD", "--", ".") or ""
+    status, diff = (
+        _git(package, "status", "--short", "--", "."),
+        _git(package, "diff", "--no-color", "--no-ext-diff", "HEAD", "--", ".") or "",
+    )
     if not status:
         return f"{text}{commit}nothing in the package differs from it\n"
     cut = "" if len(diff) <= MAX_DIFF_BYTES else f"\nonly the first {MAX_DIFF_BYTES} characters\n"
@@ -83,7 +88,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
     """What git answers; None where it does not: no git, no checkout, one of another user."""
     try:
         done = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(folder), *arguments], capture_output=True, timeout=30, check=True, stdin=subprocess.DEVNULL
+            ["git", "--no-optional-locks", "-C", str(folder), *arguments],
+            capture_output=True,
+            timeout=30,
+            check=True,
+            stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -14,7 +14,6 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,9 +155,8 @@ def _ask(command: list[str]) -> str:
         raise UserError(f"cluster.kind=slurm: `{shlex.join(command)}` failed: {said}") from error
 
 
-def submit(batch: Batch, run_dirs: Sequence[str]) -> list[str]:
-    """Submit the runs, whose folders are ready; returns the name of each one's job. More than one are the tasks of one
-    array, in this order.
+def submit(batch: Batch) -> list[str]:
+    """Submit the runs, whose folders are ready; returns the name of each one's job.
 
     Raises UserError where sbatch refuses it."""
     import submitit
@@ -168,10 +166,10 @@ def submit(batch: Batch, run_dirs: Sequence[str]) -> list[str]:
     executor.update_parameters(**job_parameters(batch))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit passes on what sbatch says; the error says it, too
-            jobs = executor.submit_array([RankTask(run_dir, batch.config.cluster.device) for run_dir in run_dirs])
+            jobs = executor.submit_array([RankTask(run_dir, batch.config.cluster.device) for run_dir in batch.run_dirs])
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(_refused(str(error))) from error
-    for run_dir, job in zip(run_dirs, jobs, strict=True):
+    for run_dir, job in zip(batch.run_dirs, jobs, strict=True):
         _link(batch, Path(run_dir), job.job_id)
     return [job.job_id for job in jobs]
 

@@ -34,14 +34,13 @@ class Batch:
     """Folder that everything of it is in: the run's, or the sweep's."""
     folder: Path
     """Where submitit keeps the script, the pickled tasks and each rank's output."""
-    code: Path
-    """The copy of the package that it runs."""
-    num_runs: int = 1
+    run_dirs: tuple[str, ...]
+    """More than one: the tasks of an array, in this order."""
 
     @staticmethod
     def of_run(config: Config) -> Batch:
         run_dir = Path(config.run.dir)
-        return Batch(config, config.run.name, run_dir, slurm_folder(run_dir), run_dir / CODE)
+        return Batch(config, config.run.name, run_dir, slurm_folder(run_dir), (config.run.dir,))
 
 
 def slurm_folder(run_dir: Path) -> Path:
@@ -97,8 +96,8 @@ def job_parameters(batch: Batch) -> dict[str, Any]:
         "exclude": cluster.exclude,
         "mail_user": cluster.mail_user,
         "mail_type": cluster.mail_type,
-        "array_parallelism": cluster.array_parallelism or batch.num_runs,
-        "setup": [*cluster.setup, *_environment(cluster), *_code(batch), *_meeting()],
+        "array_parallelism": cluster.array_parallelism or len(batch.run_dirs),
+        "setup": [*cluster.setup, *_environment(cluster), *_run(batch), *_code(), *_meeting()],
         # One rank that fails ends the others. srun inherits neither the cpus of sbatch nor its open-mode, and no
         # variables where sbatch was told --export=NONE.
         "srun_args": [
@@ -122,8 +121,8 @@ def sbatch_script(batch: Batch) -> str:
     writer = object.__new__(SlurmExecutor)  # its __init__ asks for srun, which a laptop lacks
     writer.folder, writer.python = batch.folder, python_of_ranks(batch.config.cluster)
     parameters = job_parameters(batch)
-    if batch.num_runs > 1:
-        parameters["map_count"] = batch.num_runs
+    if len(batch.run_dirs) > 1:
+        parameters["map_count"] = len(batch.run_dirs)
     return _make_sbatch_string(command=writer._submitit_command_str, folder=batch.folder, **parameters)
 
 
@@ -142,11 +141,17 @@ def _environment(cluster: ClusterConfig) -> list[str]:
     return [f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items()]
 
 
-def _code(batch: Batch) -> list[str]:
+def _run(batch: Batch) -> list[str]:
+    """The folder of the run as $run."""
+    if len(batch.run_dirs) == 1:
+        return [f"run={shlex.quote(batch.run_dirs[0])}"]
+    return [f"runs=({shlex.join(batch.run_dirs)})", "run=${runs[$SLURM_ARRAY_TASK_ID]}"]
+
+
+def _code() -> list[str]:
     """Without the second variable `python -m` takes a package in the folder that the job was submitted from: the
     checkout, as it is by then."""
-    code = shlex.quote(str(batch.code))
-    return [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1"]
+    return [f"export PYTHONPATH=$run/{CODE}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1"]
 
 
 def _meeting() -> list[str]:

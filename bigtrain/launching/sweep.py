@@ -49,11 +49,13 @@ class Sweep:
 
     @staticmethod
     def of(points: Sequence[Point], compose: Callable[[Sequence[str]], Config]) -> Sweep:
-        """`compose`: the resolved config of a command line. Raises UserError where the runs have no folder in common."""
+        """`compose`: the resolved config of a command line. Raises UserError where run.dir is not the same for all."""
         configs = [compose(point.overrides) for point in points]
         runs = {(config.run.name, config.run.dir) for config in configs}
         if len(runs) > 1:
-            raise UserError("run.name and run.dir are the sweep's, the same for all its runs; each run's follow from them.")
+            raise UserError(
+                "run.name and run.dir are the sweep's, the same for all its runs; each run's follow from them."
+            )
         name, folder = next(iter(runs))
         return Sweep(name, Path(folder), [_placed(*pair) for pair in zip(configs, points, strict=True)])
 
@@ -64,8 +66,8 @@ class Sweep:
 
     @property
     def batch(self) -> Batch:
-        array = self.folder / ARRAY
-        return Batch(self.first, self.name, self.folder, array, array / CODE, len(self.runs))
+        run_dirs = tuple(run.config.run.dir for run in self.runs)
+        return Batch(self.first, self.name, self.folder, self.folder / ARRAY, run_dirs)
 
 
 def _placed(config: Config, point: Point) -> SweptRun:
@@ -112,7 +114,7 @@ def with_data_of_their_own(sweep: Sweep) -> list[Config]:
 
 def copy_code_of_array(sweep: Sweep, queue: Sequence[QueuedJob]) -> None:
     """One copy for all runs of the sweep. Raises UserError where a job in the queue would get other code by that."""
-    code = sweep.batch.code
+    code = sweep.folder / ARRAY / CODE
     job = next((job for job in queue if job.is_in(sweep.folder)), None)
     if job is not None and not same_code(code):
         raise UserError(
@@ -128,7 +130,7 @@ def copy_code_of_array(sweep: Sweep, queue: Sequence[QueuedJob]) -> None:
 def table(sweep: Sweep, jobs: Sequence[str] = ()) -> str:
     """A line a run: its task of the array or its place in the order, its folder, what tells it from the others."""
     head = ("job" if jobs else "run", "run folder", "settings")
-    rows = [head]
+    rows: list[tuple[str, str, str]] = [head]
     for place, run in enumerate(sweep.runs):
         rows.append((jobs[place] if jobs else str(place), short(run.run_dir), " ".join(run.swept)))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]

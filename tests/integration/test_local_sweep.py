@@ -17,10 +17,13 @@ def test_the_dry_run_shows_the_table_and_the_first_run(tmp_path: Path) -> None:
     done = launch(tmp_path, "--multirun", "cluster.device=cpu", "run.seed=1,2", "run.name=s", "dry_run=true")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split() for line in lines[1:3]] == [["0", "runs/s/seed-1", "run.seed=1"], ["1", "runs/s/seed-2", "run.seed=2"]]
+    assert [line.split() for line in lines[1:3]] == [
+        ["0", "runs/s/seed-1", "run.seed=1"],
+        ["1", "runs/s/seed-2", "run.seed=2"],
+    ]
     assert f"run folder           {tmp_path}/runs/s/seed-1" in lines and "nothing was started" in lines[-1]
     slurm = launch(tmp_path, "--multirun", "+cluster=slurm", "run.seed=1,2", "run.name=s", "dry_run=true").stdout
-    assert "#SBATCH --array=0-1%2" in slurm and f"/runs/s/.array/code" in slurm
+    assert "#SBATCH --array=0-1%2" in slurm and "/runs/s/.array/code" in slurm
     assert not list(tmp_path.iterdir())
 
 
@@ -50,7 +53,9 @@ def test_each_run_in_a_folder_of_its_own_and_then_nothing_is_left_to_do(tmp_path
         assert [record["step"] for record in records(run_dir, "train")] == list(range(1, 6))
         assert f"run {place} of 2: s-{run_dir.name}" in done.stdout
         assert not (run_dir / "code").exists(), "only what starts later has a copy of the code"
-    assert [max(record["lr"] for record in records(run_dir, "train")) for run_dir in runs] == pytest.approx([1e-3, 3e-4])
+    assert [max(record["lr"] for record in records(run_dir, "train")) for run_dir in runs] == pytest.approx(
+        [1e-3, 3e-4]
+    )
     assert "python tools/report.py runs/s/*" in done.stdout
     again = launch(tmp_path, *command)
     assert again.stdout.splitlines() == [f"runs/s/{run.name}: already finished" for run in runs]

@@ -49,7 +49,9 @@ def test_two_runs_of_one_array_one_is_queued_again_the_checkout_is_edited(
     # All of the package breaks, while the array waits. The same launch again submits nothing.
     (checkout / "bigtrain" / "__init__.py").write_text("raise SystemExit('edited')", encoding="utf-8")
     again = cluster.ask(*command, cwd=checkout, PYTHONSAFEPATH="1")
-    assert again.splitlines() == [f"runs/sweep/{run.name}: job {array[1]}_{n} (PENDING) is in the queue" for n, run in enumerate(runs)]
+    assert again.splitlines() == [
+        f"runs/sweep/{run.name}: job {array[1]}_{n} (PENDING) is in the queue" for n, run in enumerate(runs)
+    ]
     cluster.ask("scontrol", "release", array[1])
     jobs = [cluster.wait(f"{array[1]}_{task}", lambda job: job["JobState"] != "PENDING") for task in (0, 1)]
     (stopped,) = (task for task in (0, 1) if jobs[task]["JobId"] == array[1])  # by this number, Slurm means them all

@@ -57,7 +57,11 @@ def test_all_that_a_site_sets_is_sound() -> None:
         ({"memory": "half"}, "memory", "480G"),
         ({"gres": "gpu:a100:8:1"}, "gres", "gpu:a100:8"),
         ({"gpus_per_node": "eight"}, "gpus_per_node", "a100:8"),
-        ({"gpus_per_node": "8", "gres": "nvme:1,gpu:8"}, "gpus_per_node", "cluster.gres=nvme:1,gpu:8 asks for GPUs too"),
+        (
+            {"gpus_per_node": "8", "gres": "nvme:1,gpu:8"},
+            "gpus_per_node",
+            "cluster.gres=nvme:1,gpu:8 asks for GPUs too",
+        ),
         ({"gpus_per_node": "a100:4"}, "gpus_per_node", "each of the cluster.procs_per_node=8 ranks"),
         ({"gres": "gpu:a100:4"}, "gres", "each of the cluster.procs_per_node=8 ranks"),
         ({"gres": "gpu:8", "device": "cpu"}, "gres", "Set cluster.device=cuda"),
@@ -129,5 +133,8 @@ def test_a_time_without_quotes_in_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "ours.yaml").write_text("defaults: [slurm]\ntime: 12:00:00\n", encoding="utf-8")
     config = compose(["+cluster=ours"], [tmp_path])
-    assert dataclasses.replace(config.cluster, time="1:00:00") == compose(["+cluster=slurm", "cluster.time='1:00:00'"]).cluster
+    assert (
+        dataclasses.replace(config.cluster, time="1:00:00")
+        == compose(["+cluster=slurm", "cluster.time='1:00:00'"]).cluster
+    )
     assert "cluster.time" in {problem.key for problem in cluster_problems(config, 16)}

@@ -80,7 +80,7 @@ def test_what_cannot_be_swept(overrides: list[str], says: str) -> None:
 
 def test_a_mistake_in_a_value_is_left_to_the_composing(tmp_path: Path) -> None:
     found = points(["optim.lr=fast,slow"])
-    with pytest.raises(UserError, match="optim.lr"):
+    with pytest.raises(UserError, match=r"optim\.lr"):
         compose(found[0].overrides)
 
 

@@ -99,7 +99,8 @@ def test_the_copy_is_all_that_the_package_needs(tmp_path: Path) -> None:
     (other / "bigtrain").mkdir(parents=True)
     (other / "bigtrain" / "__init__.py").write_text("raise SystemExit('the wrong one')", encoding="utf-8")
     program = (
-        "import sys, bigtrain.config, bigtrain.launching.slurm_script, bigtrain.launching.meeting, bigtrain.data.prepare;"
+        "import sys, bigtrain.config, bigtrain.launching.slurm_script, bigtrain.launching.meeting;"
+        "import bigtrain.data.prepare;"
         "print({module.__file__.split('/bigtrain/')[0] for name, module in sys.modules.items() "
         "if name.split('.')[0] == 'bigtrain' and module.__file__})"
     )

@@ -1,4 +1,4 @@
-"""launchers/kubernetes.yaml, as far as that shows without a cluster: the operator's schema, and what torchrun makes of it.
+"""launchers/kubernetes.yaml without a cluster: the operator's schema, and what torchrun makes of it.
 
 The fields are those of kubeflow.org/v1 (manifests/base/crds/kubeflow.org_pytorchjobs.yaml of the training operator)."""
 

@@ -23,6 +23,7 @@ from bigtrain.launching.slurm import partition_problems, refuse_live_job
 from bigtrain.launching.slurm_script import Batch, RankTask, sbatch_script
 from tests.unit.config.test_cluster_rules import SITE
 
+FIVE = tuple(f"/shared/sweep/it's {task}" for task in range(5))
 ARRAY_TASK = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
 
 
@@ -76,8 +77,8 @@ def test_script_asks_for_what_the_config_says() -> None:
     lines = text.splitlines()
     setup = [lines.index(line) for line in site["setup"]]
     exports = [f"export {name}={value}" for name, value in site["env"].items()]
-    code = "export PYTHONPATH=/shared/big/code${PYTHONPATH:+:$PYTHONPATH}"
-    order = [*setup, *map(lines.index, exports), lines.index(code)]
+    code = ("run=/shared/big", "export PYTHONPATH=$run/code${PYTHONPATH:+:$PYTHONPATH}")
+    order = [*setup, *map(lines.index, exports), *map(lines.index, code)]
     (ranks,) = (line for line in lines if line.startswith("srun "))
     assert order == sorted(order) and order[-1] < lines.index(ranks)
     for part in (
@@ -114,9 +115,15 @@ def test_gpus_are_asked_for_once(cluster: dict[str, Any], found: tuple[str | Non
 
 def test_a_sweep_is_one_array() -> None:
     """Each task is queued again by its own number: one of them has the array's."""
-    text = sbatch_script(dataclasses.replace(batch(array_parallelism=2), num_runs=5))
+    text = sbatch_script(dataclasses.replace(batch(array_parallelism=2), run_dirs=FIVE))
     assert options(text)["array"] == "0-4%2" and "%A_%a_0_log.out" in options(text)["output"]
-    assert options(sbatch_script(dataclasses.replace(batch(), num_runs=5)))["array"] == "0-4%5"
+    assert options(sbatch_script(dataclasses.replace(batch(), run_dirs=FIVE)))["array"] == "0-4%5"
+    (runs,) = (line for line in text.splitlines() if line.startswith("runs="))
+    (run,) = (line for line in text.splitlines() if line.startswith("run="))
+    done = subprocess.run(
+        ["bash", "-c", f"SLURM_ARRAY_TASK_ID=3; {runs}\n{run}\necho $run"], capture_output=True, text=True
+    )
+    assert done.stdout == f"{FIVE[3]}\n"
     (requeue,) = (line for line in text.splitlines() if "scontrol requeue" in line)
     program = f'scontrol() {{ echo "$@"; }}; status=75; {requeue}'
     for names, job in (({"SLURM_JOB_ID": "7"}, "7"), ({"SLURM_JOB_ID": "7", **ARRAY_TASK}, "7_0")):
@@ -206,7 +213,7 @@ def test_a_folder_that_a_job_trains_in(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     config = Config(run=RunConfig(name="big", dir=str(tmp_path / "big")))
-    with pytest.raises(UserError, match="job 7(_1)? ") if is_refused else contextlib.nullcontext():
+    with pytest.raises(UserError, match=r"job 7(_1)? ") if is_refused else contextlib.nullcontext():
         refuse_live_job(config)
 
 

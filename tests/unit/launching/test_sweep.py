@@ -39,7 +39,7 @@ def test_each_run_has_a_folder_in_the_sweep_s(tmp_path: Path) -> None:
         ("s-lr-0.0003", f"{tmp_path}/runs/s/lr-0.0003"),
     ]
     assert [run.config.optim.lr for run in sweep.runs] == [1e-3, 3e-4]
-    assert (sweep.name, sweep.folder, sweep.batch.num_runs) == ("s", tmp_path / "runs" / "s", 2)
+    assert (sweep.name, sweep.folder, len(sweep.batch.run_dirs)) == ("s", tmp_path / "runs" / "s", 2)
     assert list(problems(sweep)) == []
 
 
@@ -55,7 +55,7 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_sweep_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="run.name and run.dir are the sweep's"):
+    with pytest.raises(UserError, match=r"run\.name and run\.dir are the sweep's"):
         sweep_of(tmp_path, "run.seed=1,2", "run.name='s${run.seed}'")
     (found,) = problems(sweep_of(tmp_path, "+cluster=slurm", "cluster.num_nodes=1,2"))
     assert "tasks of a job array are alike" in str(found)
@@ -77,7 +77,7 @@ def test_what_is_finished_or_in_the_queue_is_left_out(tmp_path: Path, monkeypatc
     (queued / "logs" / "slurm").mkdir(parents=True)
     (queued / "logs" / "slurm" / "7_1_submission.sh").symlink_to("gone")
     left, told = open_runs(sweep, [QueuedJob("7_1", "PENDING", (sweep.folder / ".array" / "7_submission.sh",))])
-    assert [run.swept for run in left.runs] == [("run.seed=3",)] and left.batch.num_runs == 1
+    assert [run.swept for run in left.runs] == [("run.seed=3",)] and len(left.batch.run_dirs) == 1
     assert told == ["runs/s/seed-1: already finished", "runs/s/seed-2: job 7_1 (PENDING) is in the queue"]
 
 
@@ -96,7 +96,7 @@ def test_one_copy_of_the_code_which_a_waiting_job_keeps(tmp_path: Path) -> None:
     code = sweep.folder / ".array" / "code"
     assert {(run.run_dir / "code").resolve() for run in sweep.runs} == {code.resolve()}
     (code / "bigtrain" / "launch.py").write_text("of an older checkout", encoding="utf-8")
-    with pytest.raises(UserError, match="job 7_1 .* the code has changed since"):
+    with pytest.raises(UserError, match=r"job 7_1 .* the code has changed since"):
         copy_code_of_array(sweep, waiting)
     copy_code_of_array(sweep, [dataclasses.replace(waiting[0], paths=(tmp_path / "other",))])
     assert "of an older checkout" not in (code / "bigtrain" / "launch.py").read_text()
