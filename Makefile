@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke test test-fast certify lint slurm slurm-stop bench bench-data clean
+.PHONY: help install smoke test test-fast certify lint slurm slurm-stop bench bench-data bench-checkpoint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -53,6 +53,9 @@ bench: install  ## speed of a training step against plain PyTorch and Transforme
 
 bench-data: install .venv/bench/.installed  ## speed of reading data against webdataset, streaming, litdata, megatron-core
 	$(BIN)/python tools/bench/data.py
+
+bench-checkpoint: install  ## speed of checkpoints against torch.save, safetensors, dcp and the disk: 20 minutes, 15 GB
+	$(BIN)/python tools/bench/checkpoint.py
 
 # Beside the packages of .venv and behind them: none of those changes.
 .venv/bench/.installed: tools/bench/data-requirements.txt

@@ -24,7 +24,7 @@ from bigtrain.config.help import help_text, keys_text
 from bigtrain.config.schema import Config
 from bigtrain.config.sweep import points
 from bigtrain.config.vendors import check_versions
-from bigtrain.launching import local, machine, outcome, slurm, sweep
+from bigtrain.launching import attempts, init_from, local, machine, outcome, slurm, sweep
 from bigtrain.launching.code_copy import CODE, copy_code
 from bigtrain.launching.lock import only_launch
 from bigtrain.launching.plan import plan, prepare_command
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.for_hydra:
             return _ask_hydra(argv, arguments.overrides)
-        return launch(_settled(config), arguments, began=began)
+        return launch(init_from.settled(_resolved(config)), arguments, began=began)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _settled(config: Config) -> Config:
+def _resolved(config: Config) -> Config:
     return machine.resolve(config, cwd=Path.cwd())
 
 
@@ -119,7 +119,7 @@ def launch_sweep(arguments: Arguments) -> int:
     check_versions()
     asked = Sweep.of(
         points(arguments.overrides, arguments.config_dirs),
-        lambda overrides: _settled(compose(overrides, arguments.config_dirs)),
+        lambda overrides: _resolved(compose(overrides, arguments.config_dirs)),
     )
     config, is_slurm = asked.first, asked.first.cluster.kind == "slurm"
     _refuse([*sweep.problems(asked), *(problem for run in asked.runs for problem in _problems(run.config))])
@@ -172,6 +172,7 @@ def _problems(config: Config) -> list[Problem]:
 
 
 def _freeze(config: Config) -> None:
+    init_from.copy_tokenizer(config)
     configs.save(config, config.run.dir)
 
 
@@ -184,7 +185,7 @@ def _prepare(config: Config) -> int:
 
 
 def _train(config: Config) -> int:
-    return local.run(local.rank_commands(config))
+    return attempts.train(config)
 
 
 def _start(config: Config, settings: Sequence[str], began: float) -> int:

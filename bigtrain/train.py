@@ -1,59 +1,83 @@
 """One rank of a training run: ``python -m bigtrain.train RUN_DIR``, started by a launcher, torchrun or srun.
 
 It reads RUN_DIR/config.yaml and nothing else; RANK, WORLD_SIZE and LOCAL_RANK say which rank it is.
-To start a run: ``python -m bigtrain.launch --help``.
+To start a run: ``python -m bigtrain.launch --help``. It ends with a status of `bigtrain.config.status`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import load
+from bigtrain.config.status import COME_BACK, CRASHED, USER_ERROR
 from bigtrain.config.vendors import check_versions
-from bigtrain.launching.environment import COME_BACK
+from bigtrain.telemetry import failures
 from bigtrain.telemetry.console import Console
+from bigtrain.trainer.watchdog import Watchdog
 
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print(__doc__.strip() if __doc__ else "", file=sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    is_main = os.environ.get("RANK", "0") == "0"
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else USER_ERROR
+    run_dir, rank, world = Path(arguments[0]), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     for vendor in ("megatron", "deepspeed", r"torch\.distributed"):  # what they say to their developers, at each call
         warnings.filterwarnings("ignore", module=vendor)
     # Vendors turn a KeyboardInterrupt in their imports into all sorts of errors. There is nothing to save before run().
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     # Slurm's warning, ahead of the time limit, waits until a StopSignal listens.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    watchdog = Watchdog()
     try:
         check_versions()
-        config = load(arguments[0])
-        console = Console(enabled=is_main, log_interval=config.tracker.log_interval)
+        config = load(run_dir)
+        watchdog = Watchdog(config.watchdog)
+        watchdog.start(run_dir, rank=rank, world=world)
+        console = Console(enabled=rank == 0, log_interval=config.tracker.log_interval)
         with console.phase("importing torch, DeepSpeed and Megatron"):
             from bigtrain.trainer.run import run
-        stopped_by = run(config, Path(arguments[0]), console)
+        stopped_by = run(config, run_dir, console, watchdog)
     except UserError as error:  # often on all ranks alike; the launcher shows it once
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"error: {arguments[0]} cannot be written, its disk is full ({error.strerror}). Make room; the same "
-            "command goes on from the newest checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 2
+        return USER_ERROR
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(
+                f"error: {run_dir} cannot be written, its disk is full ({error.strerror}). Make room; the same "
+                "command goes on from the newest checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+            return USER_ERROR
+        _say_crash(error, run_dir, rank, watchdog.step)
+        sys.stdout.flush()
+        os._exit(CRASHED)  # without waiting for threads that wait for other ranks
+    watchdog.stop()
     if stopped_by:  # srun ends the others once rank 0 has said it: they end well by themselves
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return COME_BACK if is_main and stopped_by == "SIGUSR2" else 0
+    return COME_BACK if rank == 0 and stopped_by == "SIGUSR2" else 0
+
+
+def _say_crash(error: Exception, run_dir: Path, rank: int, step: int) -> None:
+    """A defect, or a rank that another took along: for people on stderr, for the launcher in RUN/logs/crash."""
+    text = traceback.format_exc()
+    named = failures.named({"rank": rank, "error": type(error).__name__, "message": failures.first_line(error)})
+    is_spoken_for = bool(os.environ.get(failures.SPOKEN_FOR))
+    with contextlib.suppress(OSError):
+        crash = failures.write_crash(run_dir, rank, error, text, step=step)
+        if crash["lost_peer"]:
+            text = f"{named[:200]}\nanother rank is gone; the traceback: {failures.crash_file(run_dir, rank)}\n"
+        elif not is_spoken_for:
+            failures.append_event(run_dir, "crash", rank=rank, cause=named, step=step)
+    print(text if is_spoken_for else f"{text}error: {named}\n", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from bigtrain import config as configs
 from bigtrain.checkpoint import folder as checkpoints
 from bigtrain.config.errors import UserError, exit_status
 from bigtrain.config.schema import Config
-from bigtrain.data import ledger
+from bigtrain.data import ledger, passed_over
 from bigtrain.data.audit import Audit, audit
 from bigtrain.data.lanes import Piece
 from bigtrain.data.order import Cursor, Order, training_order
@@ -55,10 +55,18 @@ def show_command(options: argparse.Namespace) -> int:
         begin = 0
         for piece in window.pieces:
             console.print(f"  {told(order, piece)}", style="cyan")
-            text = tokenizer.decode(window.tokens[begin : begin + piece.count].tolist())
-            begin += piece.count
-            shown = text[: options.characters]
-            console.print(shown + "..." * (len(shown) < len(text)), style="dim")
+            end = begin + piece.count
+            asked = next((stop for start, stop in window.prompts if start == begin), begin)
+            for name, tokens in (("prompt", window.tokens[begin:asked]), ("", window.tokens[asked:end])):
+                if name and len(tokens):
+                    console.print(f"  its prompt, {len(tokens)} tokens that are not learned:", style="cyan")
+                elif asked > begin:
+                    console.print(f"  then {len(tokens)} tokens that are:", style="cyan")
+                if len(tokens):
+                    text = tokenizer.decode(tokens.tolist())
+                    shown = text[: options.characters]
+                    console.print(shown + "..." * (len(shown) < len(text)), style="dim")
+            begin = end
     return 0
 
 
@@ -72,7 +80,7 @@ def first_of(folder: Path, step: int, size: int) -> int:
     done = max(((entry.step, entry.first + entry.size) for entry in entries), default=(begin.step, begin.num_sequences))
     if step <= begin.step:
         raise UserError(f"--step {step}: the run began with step {begin.step + 1}, from another run's checkpoint")
-    return done[1] + (step - 1 - done[0]) * size
+    return passed_over.first_of_step(passed_over.read(folder), done[1], size, step - 1 - done[0])
 
 
 def told(order: Order, piece: Piece) -> str:
@@ -91,10 +99,20 @@ def audit_command(options: argparse.Namespace) -> int:
     entries, newest = ledger.read(folder), checkpoints.newest(folder / "checkpoints")
     saved_step = checkpoints.state_of(newest)["step"] if newest is not None else 0
     with bar("auditing", len(entries), shown=True) as advance:
-        found = audit(order, entries, begin=ledger.read_begin(folder), saved_step=saved_step, advance=advance)
+        found = audit(
+            order,
+            entries,
+            begin=ledger.read_begin(folder),
+            saved_step=saved_step,
+            passed_over=passed_over.read(folder),
+            advance=advance,
+        )
     for problem in found.problems:
         print(f"wrong: {problem}", file=sys.stderr)
     print("\n".join(summary(found)))
+    for window in passed_over.read(folder) if found.passed_over else ():
+        where = f"sequences {window.first:,} to {window.end - 1:,}, behind step {window.to_step}"
+        print(f"passed over: {where}, for step {window.from_step}: {window.reason}")
     for reason, count in ledger.skipped(folder).most_common():
         print(f"passed over: {count:,} bad documents: {reason} ({folder / ledger.FOLDER}/skipped-*.jsonl names them)")
     return 1 if found.problems else 0
@@ -102,6 +120,8 @@ def audit_command(options: argparse.Namespace) -> int:
 
 def summary(found: Audit) -> list[str]:
     lines = [f"{found.steps:,} steps, {found.sequences:,} sequences, {found.tokens:,} predicted tokens"]
+    if found.passed_over:
+        lines.append(f"{found.passed_over:,} sequences passed over on purpose ({passed_over.FILE})")
     for path, epochs in found.epochs.items():
         for epoch, (whole, part) in enumerate(epochs):
             lines.append(f"{path}: epoch {epoch}: {whole:,} documents whole, {part:,} in part")

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Checkpoints, without ranks and without a GPU: to Hugging Face and from there."""
+"""Checkpoints, without ranks and without a GPU: what is in them, whether they are whole, where two differ, cut anew, to
+Hugging Face and from there."""
 
 from __future__ import annotations
 
@@ -12,14 +13,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/ is no package of the installation
+
 from bigtrain.config.errors import exit_status
+from tools import checkpoint_commands
 
 EXAMPLES = """examples:
+  python tools/checkpoint.py inspect runs/default                        # all of a run's, and what is in the newest
+  python tools/checkpoint.py verify runs/default --all                   # is every byte what was saved?
+  python tools/checkpoint.py diff runs/a runs/b --values                 # which tensors differ, and by how much
+  python tools/checkpoint.py reshard runs/default small --weights-only --dtype bf16
   python tools/checkpoint.py export-hf runs/default hf/mine              # the run's newest checkpoint
   python tools/checkpoint.py export-hf runs/default/checkpoints/step-00000300 hf/mine --dtype bf16 --shard-gb 2
   python tools/checkpoint.py import-hf ~/Llama-3.2-1B imported/llama --vocab-multiple 128
 
-exit status: 0 done, 2 something is wrong, and nothing was written, 130 Ctrl-C"""
+CKPT is a checkpoint (runs/default/checkpoints/step-00000300), a run's folder or its checkpoints/latest: then the
+newest. COMMAND --help tells more. docs/checkpoints.md tells what is in one.
+
+exit status: 0 done, 1 verify found damage or diff a difference, 2 something is wrong and nothing was written,
+130 Ctrl-C"""
 
 
 class Command(NamedTuple):
@@ -29,10 +41,13 @@ class Command(NamedTuple):
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    examples: str = ""
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    # beside a training run the threads of torch would wait for each other, seven times as long as one of them works
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.simplefilter("ignore")  # torch's, of being alone
     logging.disable(logging.WARNING)
     return exit_status(lambda: options.run(options), "stopped; nothing was written")
@@ -128,6 +143,7 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 COMMANDS = (
+    *(Command(*each) for each in checkpoint_commands.COMMANDS),
     Command("export-hf", "write a folder that Transformers opens", _export_arguments, export_hf),
     Command("import-hf", "make a checkpoint of a Hugging Face folder", _import_arguments, import_hf),
 )
@@ -139,7 +155,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(required=True, metavar=" | ".join(command.name for command in COMMANDS))
     for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        subparser = subparsers.add_parser(
+            command.name,
+            help=command.help,
+            description=command.help,
+            epilog=command.examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser

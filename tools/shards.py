@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   python tools/shards.py build corpus/ --tokenizer corpus.model --out data/corpus
   python tools/shards.py build 'web/*.jsonl.zst' --field body --held-out 0.01 --tokenizer t.model --out data/web
   python tools/shards.py build 's3://bucket/web/*.parquet' https://host/a.jsonl.gz --tokenizer t.model --out data/two
+  python tools/shards.py build qa.jsonl --prompt-field prompt --field completion --tokenizer t.model --out data/qa
   python tools/shards.py inspect data/corpus
   python tools/shards.py inspect s3://bucket/corpus/train
   python tools/shards.py verify data/corpus
@@ -58,6 +59,7 @@ def build_command(options: argparse.Namespace) -> int:
             inputs=options.inputs,
             exclude=options.exclude,
             field=options.field,
+            prompt_field=options.prompt_field,
             held_out=options.held_out,
             seed=options.seed,
             shard_tokens=options.shard_tokens,
@@ -76,7 +78,7 @@ def build_command(options: argparse.Namespace) -> int:
 def inspect_command(options: argparse.Namespace) -> int:
     console = Console()
     if is_text(options.folder):
-        return _inspect_text(TextTars.open(options.folder, None, field=options.field), console, options.characters)
+        return _inspect_text(_text_tars(options), console, options.characters)
     for folder in splits_of(options.folder):
         dataset = Dataset.open(folder)
         index = dataset.index
@@ -86,6 +88,7 @@ def inspect_command(options: argparse.Namespace) -> int:
         for name, value in {
             "documents": f"{index.num_documents:,}",
             "tokens": f"{index.num_tokens:,} ({index.dtype}, vocabulary {index.vocab_size:,})",
+            **({"of prompts": f"{dataset.num_prompt_tokens:,} tokens, not learned"} if dataset.has_prompts else {}),
             "text": f"{index.text_bytes:,} bytes, {index.text_bytes / index.num_tokens:.2f} a token",
             "shards": f"{len(index.shards):,}, {sum(shard.size_bytes for shard in index.shards):,} bytes",
             "tokenizer": index.tokenizer,
@@ -134,17 +137,22 @@ def _verify_text(tars: TextTars) -> int:
     return 1 if found else 0
 
 
+def _text_tars(options: argparse.Namespace) -> TextTars:
+    return TextTars.open(options.folder, None, field=options.field, prompt_field=options.prompt_field)
+
+
 def _show_first_document(console: Console, dataset: Dataset, characters: int) -> None:
     key, metadata = dataset.describe(0)
     tokens = dataset.tokens(0)
-    console.print(f"first document: {key}, {len(tokens)} tokens, from {metadata['source']}", markup=False)
+    asked = f" ({prompt} of them the prompt)" if (prompt := dataset.prompt_tokens(0)) else ""
+    console.print(f"first document: {key}, {len(tokens)} tokens{asked}, from {metadata['source']}", markup=False)
     console.print(dataset.tokenizer.decode(tokens.tolist())[:characters], markup=False, highlight=False, style="dim")
 
 
 def verify_command(options: argparse.Namespace) -> int:
     bad = False
     if is_text(options.folder):
-        return _verify_text(TextTars.open(options.folder, None, field=options.field))
+        return _verify_text(_text_tars(options))
     if locations.is_remote(options.folder):
         raise UserError(
             f"{locations.shown(options.folder)}: verify reads a folder on a disk. Remote shards are checked against "
@@ -173,6 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--field", default="text", help="key in JSON lines or column in parquet that holds the text (text)"
     )
+    command.add_argument(
+        "--prompt-field",
+        default="",
+        help="key in JSON lines that holds a prompt: read before the text, and not learned",
+    )
     command.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="paths to leave out")
     command.add_argument("--held-out", type=float, default=0.05, help="share of documents for valid/ (0.05)")
     command.add_argument("--seed", type=int, default=0, help="of the shuffle (0)")
@@ -188,12 +201,14 @@ def _parser() -> argparse.ArgumentParser:
         "folder", metavar="DIR", help="a built folder, or its train/ or valid/; or tars of raw text; or a URL"
     )
     command.add_argument("--field", default="text", help="of raw text: key in .json members that holds it (text)")
+    command.add_argument("--prompt-field", default="", help="of raw text: key that holds a prompt before it")
     command.add_argument("--characters", type=int, default=400, help="of the first document to show (400)")
     command.set_defaults(run=inspect_command)
 
     command = commands.add_parser("verify", help="read every byte against the index; exit status 1 on damage")
     command.add_argument("folder", metavar="DIR", help="a built folder, or its train/ or valid/; or tars of raw text")
     command.add_argument("--field", default="text", help="of raw text: key in .json members that holds it (text)")
+    command.add_argument("--prompt-field", default="", help="of raw text: key that holds a prompt before it")
     command.set_defaults(run=verify_command)
     return parser
 

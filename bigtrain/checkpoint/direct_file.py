@@ -46,11 +46,12 @@ class DirectFile:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         view = memoryview(data).cast("B")
-        self._hash.update(view)
         done = 0
         while done < len(view):
             count = min(len(view) - done, BLOCK_BYTES - self._filled)
-            self._blocks[0][self._filled : self._filled + count] = view[done : done + count]
+            piece = view[done : done + count]
+            self._hash.update(piece)  # a block at a time, so that the disk never waits for long
+            self._blocks[0][self._filled : self._filled + count] = piece
             self._filled += count
             done += count
             if self._filled == BLOCK_BYTES:

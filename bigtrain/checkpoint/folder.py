@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -36,6 +38,7 @@ STATE = "state.json"
 LATEST = "latest"
 FORMAT = 3
 _NAME = re.compile(r"step-(\d{8,})")
+_PARTIAL = re.compile(r"\.step-\d{8,}\.partial")
 
 
 def path_of(root: Path, step: int) -> Path:
@@ -75,15 +78,13 @@ def resolve(path: Path) -> Path:
 def candidates(path: Path) -> list[Path]:
     """As `resolve`, and behind it the older ones that would do where a run was named and its newest is damaged."""
     if path.name == LATEST and path.is_symlink():
-        path = path.parent / path.readlink().name
-    if step_of(path) is not None:
-        if not path.is_dir():
-            raise UserError(f"checkpoint {path}: there is no such folder")
+        path = path.resolve() if path.exists() else path.parent  # killed as it was turned
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path}: there is no such folder")
+    if step_of(path) is not None or (path / STATE).is_file():
         if not (path / COMMITTED).is_file():
             raise UserError(f"checkpoint {path}: it was never committed (no {COMMITTED} in it); use an older one")
         return [path]
-    if not path.exists():
-        raise UserError(f"checkpoint {path}: there is no such folder")
     found = committed(path / "checkpoints") or committed(path)
     if not found:
         raise UserError(f"checkpoint {path}: no committed checkpoint (step-NNNNNNNN/{COMMITTED}) in there")
@@ -94,8 +95,9 @@ def prepare(root: Path, step: int, size_bytes: int) -> Path:
     """An empty partial folder for `step`; what killed saves and deletions left is deleted.
 
     Raises OSError where the disk has no room for `size_bytes`: nothing is written then."""
-    for left in [*root.glob(".step-*"), *root.glob("step-*")]:
-        if not (left / COMMITTED).exists():
+    for left in list(root.iterdir()) if root.is_dir() else ():
+        is_ours = _PARTIAL.fullmatch(left.name) or (step_of(left) is not None and not (left / COMMITTED).exists())
+        if is_ours and left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
     partial = partial_of(root, step)
     partial.mkdir(parents=True)
@@ -110,7 +112,7 @@ def prepare(root: Path, step: int, size_bytes: int) -> Path:
 
 
 def drop_partial(root: Path, step: int) -> None:
-    """Delete what a save that failed has written. Any rank may."""
+    """Delete what a save that failed has written. For the rank that commits."""
     shutil.rmtree(partial_of(root, step), ignore_errors=True)
     if not (path_of(root, step) / COMMITTED).exists():
         shutil.rmtree(path_of(root, step), ignore_errors=True)
@@ -137,18 +139,19 @@ def commit(
     known = dict(written or {})
     for file in partial.iterdir():
         if file.name not in known:
-            _sync(file)
+            sync(file)
             known[file.name] = file_of(file)
     manifest = Manifest(dict(tensors or {}), known).to_json()
     _write(partial / MANIFEST, manifest)
-    _sync(partial)
+    sync(partial)
     if final.exists():  # of a run that went back behind this step
         _delete(final)
     partial.rename(final)
-    _sync(root)
+    sync(root)
     _write(final / COMMITTED, f"{hash_of(manifest)}\n".encode())
-    _sync(final)
-    _turn_latest(root, final)
+    sync(final)
+    with contextlib.suppress(OSError):  # it counts already, and not every file system has links
+        _turn_latest(root, final)
     return final
 
 
@@ -163,19 +166,22 @@ def _turn_latest(root: Path, target: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
     link.rename(root / LATEST)
-    _sync(root)
+    sync(root)
 
 
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that it neither counts nor is deleted; returns where it is now."""
-    aside = folder.with_name(f"damaged-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    suffixes = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    names = (folder.with_name(f"damaged-{folder.name}{suffix}") for suffix in suffixes)
+    aside = next(name for name in names if not name.exists())
+    older = [path for path in committed(folder.parent) if path != folder]
+    with contextlib.suppress(OSError):
+        if older:
+            _turn_latest(folder.parent, older[-1])
+        else:
+            (folder.parent / LATEST).unlink(missing_ok=True)
     folder.rename(aside)
-    left = newest(folder.parent)
-    if left is None:
-        (folder.parent / LATEST).unlink(missing_ok=True)
-    else:
-        _turn_latest(folder.parent, left)
+    sync(folder.parent)
     return aside
 
 
@@ -183,8 +189,10 @@ def state_of(folder: Path) -> dict[str, Any]:
     """The JSON beside the tensors. Raises UserError where it is missing, damaged or of another format."""
     try:
         state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise DamagedCheckpoint(f"checkpoint {folder}: {STATE} cannot be read ({error})") from error
+    except OSError as error:
+        raise UserError(f"checkpoint {folder}: {STATE} cannot be read ({error.strerror})") from error
     found = cast("dict[str, Any]", state if isinstance(state, dict) else {})
     if found.get("format") != FORMAT:
         raise UserError(f"checkpoint {folder}: {STATE} is of another format; this version reads format {FORMAT}")
@@ -205,7 +213,7 @@ class Keep:
 def superseded(checkpoints: Iterable[tuple[int, float | None]], keep: Keep) -> set[int]:
     """Steps of the checkpoints that go. `checkpoints`: step and held-out loss; the newest always stays."""
     there = sorted(checkpoints, key=lambda each: each[0])
-    by_loss = sorted((loss, -step) for step, loss in there if loss is not None)
+    by_loss = sorted((loss, -step) for step, loss in there if loss is not None and math.isfinite(loss))
     kept = {step for step, _ in there[-max(keep.newest, 1) :]}
     kept |= {step for step, _ in there if keep.every and step % keep.every == 0}
     kept |= {-step for _, step in by_loss[: keep.best]}
@@ -214,8 +222,8 @@ def superseded(checkpoints: Iterable[tuple[int, float | None]], keep: Keep) -> s
 
 def prune(root: Path, keep: Keep) -> None:
     """Delete the committed checkpoints that are superseded. What cannot be deleted now is left to the next save."""
-    for step in superseded([(step_of(path) or 0, loss_of(path)) for path in committed(root)], keep):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for step in superseded([(step_of(path) or 0, loss_of(path)) for path in committed(root)], keep):
             _delete(path_of(root, step))
 
 
@@ -236,7 +244,8 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

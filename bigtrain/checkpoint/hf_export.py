@@ -23,6 +23,7 @@ import torch
 
 from bigtrain.checkpoint import content_hash, hf_config, manifest, safetensors_files, store
 from bigtrain.checkpoint import folder as folders
+from bigtrain.checkpoint.dtypes import DTYPES, converted
 from bigtrain.checkpoint.hf_names import Part, our_shapes, parts
 from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.reader import tensors_in
@@ -30,7 +31,6 @@ from bigtrain.checkpoint.stored import Stored
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 4_000_000_000
 
 
@@ -200,7 +200,7 @@ def _write(
                 if part.ours != held:
                     ours = torch.empty(0)  # let go of the last one first
                     held, ours = part.ours, weights.read(part.ours)
-                tensor = _converted(theirs(part, ours), dtype, name)
+                tensor = converted(theirs(part, ours), dtype, name)
                 safetensors_files.append(opened, tensor)
                 weight_map[name] = file.name
                 done += tensor.nbytes
@@ -208,14 +208,6 @@ def _write(
                     progress(done, total)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    found = tensor.to(dtype)
-    if dtype == torch.float16 and bool((found.isinf() & tensor.isfinite()).any()):
-        largest = float(tensor.abs().max())
-        raise UserError(f"{name} has numbers up to {largest:.3g}, which fp16 cannot hold. Export it as bf16 or fp32.")
-    return found
 
 
 @contextmanager
@@ -234,9 +226,9 @@ def _aside(out: Path, num_bytes: int) -> Generator[Path]:
         try:
             yield partial
             for file in partial.iterdir():
-                _sync(file)
+                folders.sync(file)
             partial.rename(out)
-            _sync(out.parent)
+            folders.sync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -261,11 +253,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # it is another user's
         return True
     return True
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,17 +14,17 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import store
 from bigtrain.checkpoint.hf_folder import check_tensors, check_tokenizer, dtype_of, load_settings
 from bigtrain.checkpoint.hf_names import Part, our_shapes, parts
+from bigtrain.checkpoint.layout import Piece
+from bigtrain.checkpoint.pieces import PieceTensor
 from bigtrain.checkpoint.safetensors_files import Entry, read
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
@@ -73,8 +73,9 @@ def import_folder(
     padded = -(-theirs.vocab_size // vocab_multiple) * vocab_multiple
     model = dataclasses.replace(theirs, vocab_size=padded)
     final = folders.path_of(out, 0)
-    if final.exists():
-        raise UserError(f"{final}: it is there already, and nothing is written over. Name another folder.")
+    for taken in (final, *folders.committed(out)):
+        if taken.exists():
+            raise UserError(f"{taken}: it is there already, and nothing is written over. Name another folder.")
     found, left_out = check_tensors(folder, theirs)
     dtype = dtype_of(found)
     preset = (
@@ -90,40 +91,6 @@ def import_folder(
     }
     _save(out, model, theirs.vocab_size, found, state, {**files, PRESET: preset.encode()}, progress)
     return Imported(final, model, dtype, theirs.vocab_size, len(found), left_out)
-
-
-class LazyTensor(torch.Tensor):
-    """A whole fp32 tensor that is made when torch.distributed.checkpoint writes it."""
-
-    make: Callable[[], torch.Tensor]
-
-    @staticmethod
-    def of(shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> LazyTensor:
-        wrapper: Any = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            LazyTensor, shape, dtype=torch.float32
-        )
-        tensor = cast(LazyTensor, wrapper)
-        tensor.make = make
-        return tensor
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(f"{func}: a LazyTensor has no elements yet")
-
-    def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
-        chunk = ChunkStorageMetadata(torch.Size([0] * self.dim()), self.shape)
-        data = TensorWriteData(chunk, TensorProperties(dtype=self.dtype), self.shape)
-        return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size([0] * self.dim()), self.shape)]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        return self.make()
 
 
 def ours(shape: tuple[int, ...], pieces: list[Part], tensor_of: Callable[[str], torch.Tensor]) -> torch.Tensor:
@@ -157,15 +124,15 @@ def _save(
     for part in parts(model, vocab_size):
         pieces.setdefault(part.ours, []).append(part)
 
-    def make(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def make(piece: Piece) -> torch.Tensor:
         if progress:
-            progress(name)
-        return ours(shape, pieces[name], lambda theirs: read(found[theirs]))
+            progress(piece.name)
+        return ours(piece.sizes, pieces[piece.name], lambda theirs: read(found[theirs]))
 
-    def lazy(name: str, shape: tuple[int, ...]) -> LazyTensor:
-        return LazyTensor.of(shape, lambda: make(name, shape))
+    def whole(name: str, shape: tuple[int, ...]) -> PieceTensor:
+        return PieceTensor.made(shape, torch.float32, [Piece(name, (0,) * len(shape), shape)], make)
 
-    tensors = {f"weight.{name}": lazy(name, shape) for name, shape in our_shapes(model).items()}
+    tensors = {f"weight.{name}": whole(name, shape) for name, shape in our_shapes(model).items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         store.save_tensors(out, 0, tensors, state, files=files)

@@ -62,17 +62,29 @@ def _plain(entries: Mapping[str, File | Tensor]) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a committed checkpoint. Raises DamagedCheckpoint where it is not the one that was committed."""
+    """The manifest of a committed checkpoint. Raises DamagedCheckpoint where it is not the one that was committed, and
+    UserError where the disk does not tell."""
     try:
         content = (folder / MANIFEST).read_bytes()
         committed = (folder / COMMITTED).read_text().strip()
         if committed != hash_of(content):
             raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} is not the one that was committed: it is damaged")
-        fields = json.loads(content)
-        tensors = {name: Tensor(tuple(one.pop("shape")), **one) for name, one in fields["tensors"].items()}
-        return Manifest(tensors, {name: File(**one) for name, one in fields["files"].items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return parse(content)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} cannot be read ({error})") from error
+    except OSError as error:
+        raise UserError(f"checkpoint {folder}: {MANIFEST} cannot be read ({error.strerror})") from error
+
+
+def parse(content: bytes) -> Manifest:
+    """Raises ValueError, KeyError, TypeError or AttributeError for what no manifest is."""
+    fields = json.loads(content)
+    tensors = {
+        name: Tensor(tuple(map(int, one["shape"])), str(one["dtype"]), str(one["hash"]))
+        for name, one in fields["tensors"].items()
+    }
+    files = {name: File(int(one["size_bytes"]), str(one["xxh3"])) for name, one in fields["files"].items()}
+    return Manifest(tensors, files)
 
 
 def hash_of(content: bytes) -> str:

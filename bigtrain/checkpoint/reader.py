@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from bigtrain.checkpoint import content_hash
-from bigtrain.checkpoint.folder import DamagedCheckpoint
+from bigtrain.checkpoint import content_hash, manifest
+from bigtrain.checkpoint.manifest import MANIFEST, DamagedCheckpoint
 from bigtrain.checkpoint.stored import Stored, StoredTensor, tensors_of
+from bigtrain.config.errors import UserError
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -113,8 +114,14 @@ class SafeReader(FileSystemReader):
 
 
 def read_index(folder: Path) -> Metadata:
-    """DCP's index of `folder`. Raises pickle.UnpicklingError for anything but an index, OSError where there is none."""
-    found = _IndexUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+    """DCP's index of `folder`. Raises pickle.UnpicklingError for anything but an index, or one that is not the one that
+    was saved, OSError where there is none."""
+    content = (folder / ".metadata").read_bytes()
+    if (folder / MANIFEST).is_file():  # a bit that flipped in a pickle may ask for all memory that there is
+        saved = manifest.parse((folder / MANIFEST).read_bytes()).files.get(".metadata")
+        if saved is None or saved.xxh3 != manifest.hash_of(content):
+            raise pickle.UnpicklingError("its bytes have changed since it was saved")
+    found = _IndexUnpickler(io.BytesIO(content)).load()
     if not isinstance(found, Metadata):
         raise pickle.UnpicklingError(f"{folder}/.metadata holds a {type(found).__name__}, not an index")
     return found
@@ -124,5 +131,9 @@ def tensors_in(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint by name (``kind.weight name``). Raises UserError where its index cannot be read."""
     try:
         return tensors_of(read_index(folder))
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, ValueError, TypeError) as error:
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"checkpoint {folder}: its index .metadata cannot be read ({error})") from error
+    except OSError as error:
+        raise UserError(f"checkpoint {folder}: its index .metadata cannot be read ({error.strerror})") from error
+    except Exception as error:  # a pickle that someone changed can raise anything, MemoryError too
         raise DamagedCheckpoint(f"checkpoint {folder}: its index .metadata cannot be read ({error})") from error

@@ -10,6 +10,7 @@ so is what is read (`content_hash`): a load that returns has read what was saved
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,8 @@ from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.reader import SafeReader, tensors_in
 from bigtrain.checkpoint.slices import Fragment, GlobalTensor, state_dict_of
-from bigtrain.checkpoint.stored import Stored
-from bigtrain.checkpoint.writer import Saved, Writer
+from bigtrain.checkpoint.stored import DamagedFile, Stored
+from bigtrain.checkpoint.writer import Check, Places, Saved, Writer
 from bigtrain.config.errors import UserError
 
 
@@ -47,8 +48,8 @@ def save(
     """Write ``root/step-NNNNNNNN``, durable on return, and commit it; then delete what `keep` does not name (None:
     nothing). Collective over `group` (None: all ranks). Returns what was written on rank 0, None elsewhere.
 
-    `state`: JSON-able; `files`: by name, kept beside it. Raises SaveError on every rank, after removing what was
-    written."""
+    `state`: JSON-able; `files`: by name, kept beside it. Raises SaveError on every rank that lives; rank 0 removes
+    what was written, the next save what it could not."""
     return save_tensors(
         root, step, state_dict_of(fragments, only_owned=True), state, keep=keep, files=files, group=group
     )
@@ -63,28 +64,34 @@ def save_tensors(
     keep: folders.Keep | None = None,
     files: Mapping[str, bytes] | None = None,
     group: dist.ProcessGroup | None = None,
-    on_item: Callable[[str], None] | None = None,
+    places: Places | None = None,
+    check: Check | None = None,
 ) -> Saved | None:
     """As `save`, of tensors by ``kind.name``: plain ones, or those that tell their chunks as `GlobalTensor` does. On
-    this process alone where torch.distributed is not in use. `on_item` is told each name."""
-    writer = Writer(root, step, state, files or {}, on_item=on_item)
+    this process alone where torch.distributed is not in use. `places`, `check`: see `Writer`."""
+    writer = Writer(root, step, state, files or {}, places=places, check=check)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
-        folders.drop_partial(root, step)
-        failed = SaveError(f"the checkpoint of step {step} was not saved: {_cause(error)}")
-        raise _user_error(error) or failed from error
+        if writer.saved is None:
+            if not dist.is_initialized() or dist.get_rank() == 0:  # who commits; the others must not delete under it
+                folders.drop_partial(root, step)
+            failed = SaveError(f"the checkpoint of step {step} was not saved: {_cause(error)}")
+            raise _reason_of_ours(error) or failed from error
     if writer.saved is not None and keep is not None:
         folders.prune(root, keep)
     return writer.saved
 
 
-def load(folder: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
-    """Fill `fragments` in place from a committed checkpoint of any layout; returns its `state`. Collective.
+def load(
+    folder: Path, fragments: Iterable[Fragment], fits: Callable[[dict[str, Any]], None] = lambda state: None
+) -> dict[str, Any]:
+    """Fill `fragments` in place from a committed checkpoint of any layout; returns its `state`, which `fits` was shown
+    before (it raises UserError for one that is not wanted). Collective.
 
     Raises UserError for a checkpoint of another model, naming the first tensor that does not fit, and its subclass
     DamagedCheckpoint for one that is not what was saved."""
-    return _load(folder, fragments, whole_run=True)
+    return _load(folder, fragments, lambda state: _check_whole(folder, state) or fits(state))
 
 
 def load_weights(folder: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
@@ -117,16 +124,18 @@ def check_shapes(folder: Path, wanted: Mapping[str, torch.Size]) -> None:
             )
 
 
-def _load(folder: Path, fragments: Iterable[Fragment], *, whole_run: bool = False) -> dict[str, Any]:
+def _load(
+    folder: Path, fragments: Iterable[Fragment], fits: Callable[[dict[str, Any]], None] = lambda state: None
+) -> dict[str, Any]:
     held = list(fragments)
     wanted = state_dict_of(held, only_owned=False)
     owned = cast("dict[str, GlobalTensor]", state_dict_of(held, only_owned=True))
-    state, expected = _agreed(lambda: _look(folder, {name: each.shape for name, each in wanted.items()}, whole_run))
+    state, expected = _agreed(lambda: _look(folder, {name: each.shape for name, each in wanted.items()}, fits))
     reader = SafeReader(folder, hashed=[(name, offsets) for name, tensor in owned.items() for offsets in tensor.chunks])
     try:
         dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
-    except (CheckpointException, OSError, RuntimeError, ValueError) as error:  # the latter of one process
-        raise DamagedCheckpoint(f"checkpoint {folder}: it cannot be read: {_cause(error)}") from error
+    except CheckpointException as error:
+        raise _of_load(folder, error) from error
     for name, value in content_hash.total(_from_all(reader.sums)).items():
         if expected[name].hash != value:
             raise DamagedCheckpoint(
@@ -136,21 +145,39 @@ def _load(folder: Path, fragments: Iterable[Fragment], *, whole_run: bool = Fals
     return state
 
 
+def _of_load(folder: Path, error: CheckpointException) -> BaseException:
+    """What to raise where a rank could not read: damage only where it is proven, for a damaged checkpoint is put aside.
+    A disk that does not answer, too little memory or a rank that died say nothing of the checkpoint."""
+    causes = [cause for cause, _ in error.failures.values()]
+    words = f"checkpoint {folder}: it cannot be read: {_cause(error)}"
+    for cause in causes:
+        if isinstance(cause, DamagedFile | pickle.UnpicklingError):
+            return DamagedCheckpoint(f"checkpoint {folder}: it cannot be read: {cause}")
+    return UserError(words) if all(isinstance(cause, OSError) for cause in causes) else error
+
+
 def _look(
-    folder: Path, wanted: Mapping[str, torch.Size], whole_run: bool
+    folder: Path, wanted: Mapping[str, torch.Size], fits: Callable[[dict[str, Any]], None]
 ) -> tuple[dict[str, Any], dict[str, manifest.Tensor]]:
     """What is known of a checkpoint before its tensors are read. Raises UserError for one that is not wanted."""
-    state, expected = folders.state_of(folder), manifest.read(folder).tensors
-    if whole_run and state.get("weights_only"):
-        raise UserError(
-            f"checkpoint {folder}: it has weights only, no optimizer state and no place in the data, so no run goes on "
-            "from it. Start a run from its weights: checkpoint.init_from."
-        )
+    state, known = folders.state_of(folder), manifest.read(folder)
+    expected = known.tensors
+    fits(state)
     check_shapes(folder, wanted)
     for name in wanted:
         if name not in expected:
             raise DamagedCheckpoint(f"checkpoint {folder}: {manifest.MANIFEST} does not know {name}")
+    if known.files.get(folders.STATE) != manifest.file_of(folder / folders.STATE):
+        raise DamagedCheckpoint(f"checkpoint {folder}: {folders.STATE} has changed since it was saved")
     return state, expected
+
+
+def _check_whole(folder: Path, state: dict[str, Any]) -> None:
+    if state.get("weights_only"):
+        raise UserError(
+            f"checkpoint {folder}: it has weights only, no optimizer state and no place in the data, so no run goes on "
+            "from it. Start a run from its weights: checkpoint.init_from."
+        )
 
 
 def _agreed(look: Callable[[], Any]) -> Any:
@@ -161,6 +188,8 @@ def _agreed(look: Callable[[], Any]) -> Any:
         result = look()
     except UserError as raised:
         error = raised
+    except OSError as raised:
+        error = UserError(f"{raised.filename or 'a checkpoint'}: it cannot be read: {raised.strerror or raised}")
     for each in _from_all(None if error is None else (isinstance(error, DamagedCheckpoint), str(error))):
         if each is not None:
             is_damaged, message = each
@@ -176,10 +205,11 @@ def _from_all(mine: Any) -> list[Any]:
     return said
 
 
-def _user_error(error: BaseException) -> UserError | None:
-    """What stopped a save, where it was what is saved: a tensor that is made when it is written may be damaged."""
+def _reason_of_ours(error: BaseException) -> BaseException | None:
+    """What stopped a save, where it was not the disk: a tensor that is made when it is written may be damaged, or
+    Ctrl-C. DCP hides both in its own exception."""
     causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
-    return next((cause for cause in causes if isinstance(cause, UserError)), None)
+    return next((cause for cause in causes if isinstance(cause, UserError | KeyboardInterrupt)), None)
 
 
 def _cause(error: BaseException) -> str:

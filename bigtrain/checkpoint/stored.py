@@ -33,6 +33,11 @@ Visit = Callable[[torch.Tensor, tuple[int, ...]], None]
 """Is shown each block that was read, contiguous, and where it begins in its chunk."""
 
 
+class DamagedFile(OSError):
+    """A file of a checkpoint is not what was written: it is missing, ends early, or holds no such tensor. Any other
+    OSError says nothing of the checkpoint: another try may read it."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A rectangle of a tensor that lies in one file."""
@@ -172,12 +177,15 @@ class Stored:
         while done < len(view):
             count = os.preadv(self._open(file).fileno(), [view[done:]], position + done)
             if count == 0:
-                raise OSError(f"{file} ends at byte {position + done}")
+                raise DamagedFile(f"{file} ends at byte {position + done}")
             done += count
 
     def _open(self, file: str) -> io.FileIO:
         if file not in self._files:
-            self._files[file] = self._stack.enter_context(io.FileIO(self.folder / file))
+            try:
+                self._files[file] = self._stack.enter_context(io.FileIO(self.folder / file))
+            except FileNotFoundError as error:
+                raise DamagedFile(f"{file} is missing") from error
         return self._files[file]
 
     def _payload(self, chunk: Chunk, dtype: torch.dtype) -> int:
@@ -194,13 +202,15 @@ class Stored:
                 entries = {each.filename.partition("/")[2]: each for each in directory.infolist()}
             record, order = entries["data/0"], entries["byteorder"]
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError) as error:
-            raise OSError(f"{chunk.file}: there is no tensor at byte {chunk.start} ({error})") from error
+            if archive.error is not None:  # which zipfile takes for a file that is no archive
+                raise archive.error from None
+            raise DamagedFile(f"{chunk.file}: there is no tensor at byte {chunk.start} ({error})") from error
         if (
             record.compress_type != zipfile.ZIP_STORED
             or record.file_size != size_bytes
             or archive.bytes_at(_content_of(archive, order), order.file_size) != b"little"
         ):
-            raise OSError(f"{chunk.file}: the tensor at byte {chunk.start} is not {size_bytes} plain bytes")
+            raise DamagedFile(f"{chunk.file}: the tensor at byte {chunk.start} is not {size_bytes} plain bytes")
         return chunk.start + _content_of(archive, record)
 
 
@@ -208,7 +218,7 @@ def _content_of(archive: _Slice, entry: zipfile.ZipInfo) -> int:
     """Byte of an archive where the content of an entry begins. (zipfile would refuse entries without a checksum.)"""
     header = archive.bytes_at(entry.header_offset, _LOCAL_HEADER_BYTES)
     if len(header) < _LOCAL_HEADER_BYTES:
-        raise OSError(f"{entry.filename}: the file ends in its header")
+        raise DamagedFile(f"{entry.filename}: the file ends in its header")
     name_bytes, extra_bytes = struct.unpack_from("<26xHH", header)
     return entry.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
 
@@ -238,6 +248,8 @@ class _Slice(io.RawIOBase):
 
     def __init__(self, file: io.FileIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
+        self.error: OSError | None = None
+        """The last that a read met."""
 
     def readable(self) -> bool:
         return True
@@ -258,6 +270,10 @@ class _Slice(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(self._length - self._at, 0)]
-        count = os.preadv(self._file.fileno(), [view], self._start + self._at) if len(view) else 0
+        try:
+            count = os.preadv(self._file.fileno(), [view], self._start + self._at) if len(view) else 0
+        except OSError as error:
+            self.error = error
+            raise
         self._at += count
         return count

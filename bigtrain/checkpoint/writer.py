@@ -1,9 +1,9 @@
 """DCP's writer, with what a checkpoint needs on top: a file a rank past the page cache, hashes, and the commit.
 
-torch's own keeps every tensor of a file in memory until the file is done, and writes through the page cache. Here one
-chunk is in the works at a time, and its elements are hashed on another thread meanwhile. What the ranks wrote reaches
-rank 0 with the results that DCP gathers anyway; it commits before DCP tells the others that all is well, so an error of
-any rank or of the commit is every rank's error.
+torch's own keeps every tensor of a file in memory until the file is done, and writes through the page cache. Here two
+chunks are in the works at most: one is written while another thread hashes it or the one before. What the ranks wrote
+reaches rank 0 with the results that DCP gathers anyway; it commits before DCP tells the others that all is well, so an
+error of any rank or of the commit is every rank's error.
 """
 
 # pyright: reportUnknownMemberType=false, reportPrivateImportUsage=false
@@ -12,6 +12,7 @@ any rank or of the commit is every rank's error.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future as Pending
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ from bigtrain.checkpoint import content_hash
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint.direct_file import DirectFile
 from bigtrain.checkpoint.manifest import File, Tensor
+
+Places = Mapping[tuple[str, tuple[int, ...]], int]
+"""Chunks, by tensor and offsets, in the order in which they are written, and the number of the file of each."""
+Check = Callable[[Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,15 @@ class Writer(FileSystemWriter):
         state: Mapping[str, Any],
         files: Mapping[str, bytes],
         *,
-        on_item: Callable[[str], None] | None = None,
+        places: Places | None = None,
+        check: Check | None = None,
     ) -> None:
-        """`state`, `files`: see `folders.commit`. `on_item` is told the name of each tensor."""
+        """`state`, `files`: see `folders.commit`. `places`: which file each chunk goes into, and in which order; None:
+        all into this rank's. `check` is shown, on rank 0, what was written before it counts; what it raises stops the
+        commit."""
         super().__init__(folders.partial_of(root, step))
         self._root, self._step, self._state, self._files = root, step, state, files
-        self._on_item = on_item
+        self._places, self._check = places, check
         self.saved: Saved | None = None
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -78,22 +86,33 @@ class Writer(FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"{plan.storage_data.prefix}0.distcp"
         results: list[WriteResult] = []
         sums: dict[str, int] = {}
+        hashing: list[tuple[str, Pending[int]]] = []
         files: dict[str, File] = {}
-        if plan.items:
+        for name, items in self._by_file(plan).items():
             file = DirectFile(folders.partial_of(self._root, self._step) / name)
             try:
                 with _no_zip_checksums(), ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
-                    for item in plan.items:
-                        results.append(self._write_item(item, planner, file, name, hasher, sums))
+                    for item in items:
+                        results.append(self._write_item(item, planner, file, name, hasher, hashing))
+                        _add_up(sums, hashing, but_last=1)  # one more chunk at most stays in memory
+                    _add_up(sums, hashing)
                 files[name] = file.close()
             finally:
                 file.abandon()
         done: Future[list[WriteResult]] = Future()
         done.set_result(_Results(results, files, sums))
         return done
+
+    def _by_file(self, plan: SavePlan) -> dict[str, list[WriteItem]]:
+        if self._places is None:
+            return {f"{plan.storage_data.prefix}0.distcp": list(plan.items)} if plan.items else {}
+        by_place = {(item.index.fqn, tuple(item.index.offset or ())): item for item in plan.items}
+        found: dict[str, list[WriteItem]] = {}
+        for place, number in self._places.items():
+            found.setdefault(f"__{number}_0.distcp", []).append(by_place[place])
+        return found
 
     def _write_item(
         self,
@@ -102,17 +121,15 @@ class Writer(FileSystemWriter):
         file: DirectFile,
         file_name: str,
         hasher: ThreadPoolExecutor,
-        sums: dict[str, int],
+        hashing: list[tuple[str, Pending[int]]],
     ) -> WriteResult:
         name, start = item.index.fqn, file.tell()
         if item.type is WriteItemType.BYTE_IO:
             raise TypeError(f"{name}: a checkpoint's files hold tensors only")
-        if self._on_item is not None:
-            self._on_item(name)
         chunk = _alone(cast("torch.Tensor", planner.resolve_data(item)))
-        added = hasher.submit(content_hash.of_rectangle, chunk, tuple(item.index.offset or (0,) * chunk.dim()))
+        offsets = tuple(item.index.offset or (0,) * chunk.dim())
+        hashing.append((name, hasher.submit(content_hash.of_rectangle, chunk, offsets)))
         torch.save(chunk, cast("IO[bytes]", file))
-        sums[name] = sums.get(name, 0) + added.result()
         length = file.tell() - start
         return WriteResult(item.index, length, _StorageInfo(file_name, start, length))
 
@@ -125,9 +142,18 @@ class Writer(FileSystemWriter):
             for name, meta in cast("dict[str, Any]", metadata.state_dict_metadata).items()
             if isinstance(meta, TensorStorageMetadata)
         }
+        if self._check is not None:
+            self._check(tensors)
         files = {name: file for each in written for name, file in each.files.items()}
         folder = folders.commit(self._root, self._step, self._state, self._files, tensors=tensors, written=files)
         self.saved = Saved(folder, sum(file.size_bytes for file in files.values()))
+
+
+def _add_up(sums: dict[str, int], hashing: list[tuple[str, Pending[int]]], but_last: int = 0) -> None:
+    """Wait for what is being hashed, but for the last ones."""
+    while len(hashing) > but_last:
+        name, added = hashing.pop(0)
+        sums[name] = sums.get(name, 0) + added.result()
 
 
 @contextmanager

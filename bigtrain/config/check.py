@@ -44,6 +44,8 @@ def _choices(config: Config) -> Iterator[Problem]:
             near = keys.nearest(value, key.choices, 1)
             fix = f"Choose {', '.join(key.choices)}" + (f"; nearest: {near[0]}" if near else "")
             yield Problem(key.path, value, "no such choice", fix)
+        if key.words and isinstance(value, str) and value not in key.words:
+            yield Problem(key.path, value, f"is not {key.kind}", f"Set it to {key.kind}")
 
 
 _COMPARE: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -70,6 +72,7 @@ _AT_LEAST_ONE = [
     "train.micro_batch_size",
     "data.num_lanes",
     "checkpoint.keep",
+    "anomaly.max_skips",
     "eval.num_batches",
     "eval.num_tokens",
     "tracker.log_interval",
@@ -96,10 +99,18 @@ _NOT_NEGATIVE = [
     "checkpoint.interval",
     "checkpoint.keep_every",
     "checkpoint.keep_best",
+    "anomaly.max_rewinds",
     "eval.interval",
     "model.attention_dropout",
     "model.hidden_dropout",
     "parallel.zero_stage",
+    "cluster.max_restarts",
+    "watchdog.startup_s",
+    "watchdog.data_s",
+    "watchdog.step_s",
+    "watchdog.eval_s",
+    "watchdog.save_s",
+    "watchdog.factor",
 ]
 
 _RANGES: tuple[tuple[str, str, float], ...] = (
@@ -108,6 +119,9 @@ _RANGES: tuple[tuple[str, str, float], ...] = (
     ("train.sequence_length", ">=", 2),
     ("train.stop_after", ">=", 1),
     ("data.max_bad_fraction", "<", 1),
+    ("cluster.mtbf_h", ">", 0),
+    ("anomaly.window", ">=", 4),
+    ("anomaly.threshold", ">", 0),
     ("parallel.zero_stage", "<=", 3),
     ("model.rope_theta", ">", 0),
     ("model.norm_eps", ">", 0),
@@ -131,6 +145,8 @@ def _ranges(config: Config) -> Iterator[Problem]:
     for key, sign, bound in _RANGES:
         value = get(config, key)
         compare, words = _COMPARE[sign]
+        if isinstance(value, str):  # a word in place of a number
+            continue
         if value is not None and not math.isfinite(value):
             yield Problem(key, value, "is no finite number", f"Set {key} to a number, {words} {bound:g}")
         elif value is not None and not compare(value, bound):
@@ -246,6 +262,13 @@ def _schedule(config: Config, world: int) -> Iterator[Problem]:
 
 def _checkpoint(config: Config, world: int) -> Iterator[Problem]:
     interval, every, best = config.checkpoint.interval, config.checkpoint.keep_every, config.checkpoint.keep_best
+    if isinstance(interval, str):
+        if best:
+            message = (
+                "with checkpoint.interval=auto no step is known beforehand at which the loss is measured and saved"
+            )
+            yield Problem("checkpoint.keep_best", best, message, "Set checkpoint.interval to a number of steps")
+        return
     if every and (not interval or every % interval):
         message = f"checkpoints are made every checkpoint.interval={interval} steps"
         fix = _multiples("Set checkpoint.keep_every", every, interval) if interval else "Set checkpoint.interval"
@@ -254,6 +277,13 @@ def _checkpoint(config: Config, world: int) -> Iterator[Problem]:
         message = f"the loss is measured every eval.interval={config.eval.interval} steps, not at each checkpoint"
         fix = f"Set eval.interval={interval}, or a divisor of it"
         yield Problem("checkpoint.keep_best", best, message, fix)
+
+
+def _start(config: Config, world: int) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    if checkpoint.init_from and checkpoint.resume not in ("auto", "never"):
+        message = f"a run starts from weights, or goes on from checkpoint.resume={checkpoint.resume}, not both"
+        yield Problem("checkpoint.init_from", checkpoint.init_from, message, "Leave one of them out")
 
 
 _Rule = Callable[[Config, int], Iterator[Problem]]
@@ -298,6 +328,7 @@ _RULES: tuple[tuple[tuple[str, ...], _Rule], ...] = (
     ),
     (("checkpoint.interval", "checkpoint.keep_every", "checkpoint.keep_best", "eval.interval"), _checkpoint),
     ((), data_problems),
+    ((), _start),
     ((), cluster_problems),
 )
 

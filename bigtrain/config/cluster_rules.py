@@ -31,8 +31,8 @@ _FORMS: dict[str, tuple[str, str]] = {
 }
 """Keys of text, with what they look like and the words for it. None has a line break, which would end its line of the
 script."""
-_MAIL = ("NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "TIME_LIMIT", "ARRAY_TASKS")
-_MAIL += ("TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50")
+_LIMITS = ("TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50")
+_MAIL = ("NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "ARRAY_TASKS", *_LIMITS)
 _OF_SLURM = ("partition", "account", "qos", "reservation", "constraint", "exclude", "gres", "memory", "mail_user")
 _KEY_OF_OPTION = {
     **{

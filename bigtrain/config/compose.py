@@ -23,7 +23,7 @@ APPENDED_GROUPS = ("cluster", "experiment")
 _OVERRIDE = re.compile(r"(\+{0,2})([\w./@:-]+)=(.*)", re.DOTALL)
 _FOR_DEVELOPERS = re.compile(
     r"full_key\b|reference_type=|object_type=|\^|See |To append to|value: |"
-    r"Invalid (value|type) assigned|Cannot assign \w+ to Dict"
+    r"Invalid (value|type) assigned|Value .* is incompatible with type hint|Cannot assign \w+ to Dict"
 )
 """Lines of an error of Hydra or OmegaConf that tell a user nothing, or the wrong thing."""
 _MAPPING_IN_FILE = "a mapping stands where a list is due; evaluation sets in a file: valid: [{path: PATH, set: NAME}]"

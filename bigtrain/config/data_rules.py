@@ -19,8 +19,10 @@ def data_problems(config: Config, world: int) -> Iterator[Problem]:
     yield from _train(data.train)
     yield from _valid(data.valid)
     yield from _raw_text(data)
+    yield from _prompts(data)
     if not tokenizer.path:
-        yield Problem("tokenizer.path", tokenizer.path, "is empty", "Choose a preset (tokenizer=bpe) or name a file")
+        fix = "Choose a preset (tokenizer=bpe) or name a file; +experiment=finetune wants checkpoint.init_from=FOLDER"
+        yield Problem("tokenizer.path", tokenizer.path, "is empty", fix)
     elif locations.is_remote(tokenizer.path):
         yield from _place("tokenizer.path", tokenizer.path, locations.split_file(tokenizer.path)[0])
     if not data.prepare.inputs:
@@ -108,6 +110,15 @@ def _raw_text(data: DataConfig) -> Iterator[Problem]:
     if text and data.pack == "best_fit":
         message = f"needs the sizes of all documents, and {locations.shown(text)} is raw text"
         yield Problem("data.pack", data.pack, message, "Set data.pack=concat, or build shards of the text")
+
+
+def _prompts(data: DataConfig) -> Iterator[Problem]:
+    """A prompt and what follows it are two fields."""
+    named = [("data.prepare.prompt_field", data.prepare.prompt_field, data.prepare.json_field)]
+    named += [(f"data.train.{n}.prompt_field", each.prompt_field, each.field) for n, each in enumerate(data.train)]
+    for key, prompt_field, field in named:
+        if prompt_field and prompt_field == field:
+            yield Problem(key, prompt_field, "is the field of the text too", "Name the one that is not to be learned")
 
 
 def _place(key: str, path: str, folder: str | None = None) -> Iterator[Problem]:

@@ -25,6 +25,7 @@ examples:
   python -m bigtrain.launch run.name=fast optim.lr=2e-3 schedule=wsd
   python -m bigtrain.launch cluster.procs_per_node=4 parallel=zero3 parallel.tensor=2
   python -m bigtrain.launch +experiment=one_gpu
+  python -m bigtrain.launch +experiment=finetune checkpoint.init_from=runs/default 'data.prepare.inputs=[qa.jsonl]'
   python -m bigtrain.launch +cluster=slurm model=gpt_1b cluster.partition=gpu dry_run=true
   python -m bigtrain.launch --multirun run.name=sweep optim.lr=1e-3,3e-4 run.seed=1,2
 
@@ -59,6 +60,7 @@ USEFUL = [
     "checkpoint.interval",
     "checkpoint.keep",
     "checkpoint.resume",
+    "checkpoint.init_from",
     "eval.interval",
     "tracker.mode",
     "cluster.num_nodes",

@@ -31,6 +31,8 @@ class Key:
     default: Any
     choices: tuple[str, ...]
     """What a text value may be; empty: anything."""
+    words: tuple[str, ...]
+    """What may stand in place of a number."""
     doc: str
     """The string under the field, on one line; may be empty."""
 
@@ -39,6 +41,8 @@ class Key:
         """The type in words."""
         if self.choices:
             return " | ".join(self.choices)
+        if self.words:
+            return " or ".join([_in_words(typing.get_args(self.type)[0]), *self.words])
         return _in_words(self.type)
 
     @property
@@ -113,7 +117,8 @@ def _keys_of(cls: type, prefix: str) -> Iterable[Key]:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        yield Key(path, hint, default, tuple(field.metadata.get("choices", ())), docs.get(field.name, ""))
+        choices, words = (tuple(field.metadata.get(name, ())) for name in ("choices", "words"))
+        yield Key(path, hint, default, choices, words, docs.get(field.name, ""))
 
 
 def _field_docs(cls: type) -> dict[str, str]:

@@ -184,6 +184,8 @@ class SourceConfig:
     """Weights from later on: [{from_tokens: 2_000_000_000, weight: 0.5}]. Not used for held-out data."""
     field: str = "text"
     """Of raw text: key of the text in .json members of the tars."""
+    prompt_field: str = ""
+    """Of raw text: key of a prompt in them, which stands before the text and is not learned; empty: none."""
     set: str = ""
     """Held-out data: the evaluation set that this belongs to; empty for the only one. Letters, digits, _ and -."""
 
@@ -199,6 +201,9 @@ class PrepareConfig:
     """Patterns of paths that are left out; * matches / too, and a relative pattern matches at any depth."""
     json_field: str = "text"
     """Key in JSON lines, or column in parquet, that holds the text."""
+    prompt_field: str = ""
+    """Key in JSON lines that holds a prompt, which stands before the text and is not learned; empty: none. For pairs to
+    fine-tune on: data.prepare.prompt_field=prompt data.prepare.json_field=completion."""
     out: str = ""
     """Folder that gets train/ and valid/."""
     held_out: float = 0.05
@@ -277,12 +282,13 @@ class TokenizerConfig:
 class CheckpointConfig:
     """When the run is saved, and where it starts from."""
 
-    interval: int = 100
-    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    interval: int | str = field(default=100, metadata={"words": ("auto",)})
+    """Steps between checkpoints; the last step is always saved. 0: only the last. auto: as often as loses the least
+    time, from what a save costs, measured in the run, and from how often the job fails (cluster.mtbf_h)."""
     keep: int = 2
     """Newest checkpoints that are kept; older ones are deleted once a newer one is durable."""
     keep_every: int = 0
-    """Checkpoints whose step is a multiple of this are kept for good. 0: none."""
+    """Checkpoints whose step is a multiple of this are kept for good, and with interval=auto made as well. 0: none."""
     keep_best: int = 0
     """Checkpoints with the lowest held-out loss that are kept, of those that were evaluated at their step. 0: none."""
     async_: bool = True
@@ -291,6 +297,31 @@ class CheckpointConfig:
     resume: str = "auto"
     """Where a run without checkpoints of its own starts: auto and never afresh, or a checkpoint's path. A run that has
     some goes on from its newest; never then refuses to start."""
+    init_from: str = ""
+    """Where the first weights come from: a checkpoint of any layout, a run's folder (its newest) or a Hugging Face
+    folder, of the same model and tokenizer. The run begins at step 0, with its own optimizer and data; one that has
+    checkpoints goes on from them. Empty: random weights."""
+
+
+@dataclass(frozen=True)
+class AnomalyConfig:
+    """What is done where the numbers go wrong."""
+
+    non_finite: str = _choice("skip", "off", "skip", "rewind", "stop")
+    """Where the loss or the gradient norm is NaN or infinite. skip: the step changes nothing, and the run goes on
+    behind its data. rewind: back to the newest checkpoint, and on behind the data of this step. stop: save the state
+    before the step and end. off: as skip, however often. What only overflows at fp16's loss scale does not count."""
+    spike: str = _choice("off", "off", "skip", "rewind", "stop")
+    """Where the loss jumps: more than `threshold` deviations above the median of the last `window` losses."""
+    window: int = 128
+    """Losses that median and deviation are taken of; nothing is a spike before there are so many."""
+    threshold: float = 8.0
+    """Deviations above the median that make a spike: 1.4826 times the median absolute deviation each, and at least 1 %
+    of the median."""
+    max_skips: int = 10
+    """Steps skipped in a row, the last of which is a reason to rewind. No checkpoint is made among them."""
+    max_rewinds: int = 10
+    """Rewinds of a run; what would be one more stops it. 0: it never goes back."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +355,25 @@ class TrackerConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """When a run counts as hung: then every rank writes where it is (RUN/logs/hang), and all ranks end."""
+
+    startup_s: float = 1800.0
+    """Seconds until the first batch is asked for, and for all that comes after the last step. The first batch, step,
+    evaluation and save may take as long, too. 0 switches off, here and below."""
+    data_s: float = 600.0
+    """Seconds that a step's batch may take."""
+    step_s: float = 600.0
+    """Seconds that a step may take without its data, evaluation and save."""
+    eval_s: float = 1800.0
+    """Seconds that the evaluation on one set may take."""
+    save_s: float = 1800.0
+    """Seconds that a save may take, also behind the training."""
+    factor: float = 10.0
+    """Times the median of the last ones that each may take, where that is longer."""
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole of a run. config.yaml in the run's folder is this, resolved."""
 
@@ -337,8 +387,10 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     dry_run: bool = False
     """Print the layout and the derived numbers, and start nothing."""

@@ -4,7 +4,11 @@ It works out from the data what the sequences of the ledger hold, and proves
 
 1. that all steps stand there once, and their sequences follow each other without a gap or a repeat;
 2. that what was fed is what the order says: the digests are those of the data;
-3. that no token of a document was a target twice in an epoch, and none was left out of an epoch that has ended.
+3. that no token of a document was a target twice in an epoch, and none was left out of an epoch that has ended. A
+   token of a prompt counts where it would be a target: it was read there, and not learned.
+
+Sequences that the run passed over on purpose (passed_over.py) may be missing between two steps, as a whole window; they
+count as consumed: no other step may have been fed them in that epoch.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import numpy as np
 from bigtrain.data.lanes import Census, Piece
 from bigtrain.data.ledger import Begin, Entry, digest
 from bigtrain.data.order import Order
+from bigtrain.data.passed_over import Window, behind
 
 _MANY_ROWS = 1 << 20
 
@@ -30,7 +35,9 @@ class Audit:
     steps: int = 0
     sequences: int = 0
     tokens: int = 0
-    """Targets, without first tokens of documents and padding."""
+    """Predicted: without first tokens of documents, prompts and padding."""
+    passed_over: int = 0
+    """Sequences between the steps that were left out on purpose."""
     problems: list[str] = field(default_factory=list[str])
     """The first of each kind; empty where all is proven."""
     epochs: dict[str, list[tuple[int, int]]] = field(default_factory=dict[str, list[tuple[int, int]]])
@@ -38,22 +45,32 @@ class Audit:
 
 
 def audit(
-    order: Order, entries: Sequence[Entry], *, begin: Begin | None = None, saved_step: int = 0, advance: Any = None
+    order: Order,
+    entries: Sequence[Entry],
+    *,
+    begin: Begin | None = None,
+    saved_step: int = 0,
+    passed_over: Sequence[Window] = (),
+    advance: Any = None,
 ) -> Audit:
     """Prove what the module says, or name the first step, sequence or document that contradicts it.
 
     `order` is that of the run, all its mixtures included. `begin`: where the run begins, if not with step 1.
-    `saved_step`: steps of the newest checkpoint, which the ledger must know. `advance` is called with 1 behind each
-    entry."""
+    `saved_step`: steps of the newest checkpoint, which the ledger must know. `passed_over`: of the run. `advance` is
+    called with 1 behind each entry."""
     begin = begin or Begin()
     found = Audit(steps=len({entry.step for entry in entries}))
-    found.problems += _steps(entries, begin, saved_step)
+    found.problems += _steps(entries, begin, saved_step, passed_over)
     coverage, seen = _Coverage(), dict[str, int]()
     for number in range(begin.num_sequences):
         coverage.add(order.pieces(number))
+    for gap in _gaps(entries, begin, passed_over):
+        found.passed_over += len(gap)
+        for number in gap:
+            coverage.add(order.pieces(number))
     for entry in entries:
         windows = [order.sequence(number) for number in entry.sequences]
-        really = digest(window.tokens for window in windows)
+        really = digest((window.tokens for window in windows), [window.prompts for window in windows])
         if really != entry.digest and not any("was fed" in each for each in found.problems):
             repeats = f": it is what step {seen[entry.digest]} was fed" if entry.digest in seen else ""
             found.problems.append(
@@ -65,7 +82,7 @@ def audit(
         found.sequences += len(windows)
         for window in windows:
             coverage.add(window.pieces)
-            found.tokens += sum(piece.count - 1 for piece in window.pieces)
+            found.tokens += int(window.predicted.sum())
         if advance is not None:
             advance(1)
     consumed = max((entry.first + entry.size for entry in entries), default=begin.num_sequences)
@@ -101,7 +118,16 @@ class _Coverage:
         return self._joined
 
 
-def _steps(entries: Sequence[Entry], begin: Begin, saved_step: int) -> Iterator[str]:
+def _gaps(entries: Sequence[Entry], begin: Begin, windows: Sequence[Window]) -> Iterator[range]:
+    """What was passed over in front of each step."""
+    expected = begin.num_sequences
+    for entry in sorted(entries, key=lambda entry: entry.step):
+        if entry.first > expected and entry.first == behind(windows, expected):
+            yield range(expected, entry.first)
+        expected = entry.first + entry.size
+
+
+def _steps(entries: Sequence[Entry], begin: Begin, saved_step: int, windows: Sequence[Window]) -> Iterator[str]:
     """The first thing that is wrong with the steps and their sequences."""
     shares: dict[int, list[Entry]] = {}
     for entry in entries:
@@ -121,6 +147,7 @@ def _steps(entries: Sequence[Entry], begin: Begin, saved_step: int) -> Iterator[
         if missing := set(range(parts[0].data_size)) - set(ranks):
             yield f"step {step}: data rank {min(missing)} of {parts[0].data_size} is missing"
             return
+        expected_first = behind(windows, expected_first)
         if parts[0].first != expected_first:
             what = "repeats" if parts[0].first < expected_first else "skips"
             yield f"step {step} {what} sequences: it begins at {parts[0].first:,}, {expected_first:,} comes next"

@@ -18,8 +18,8 @@ def unigram_cross_entropies(
     """Nats a token for each set of `predicted` tokens (ids; `HeldOut.predicted_tokens`): their mean cross-entropy under
     the share that each token has in the training data, with one added to every count (Laplace).
 
-    The first token of each document is left out, as no model predicts it. At most `max_tokens` are counted,
-    documents being shuffled. Raises ValueError where a set is empty.
+    The first token of each document, or its prompt, is left out, as no model predicts it. At most `max_tokens` are
+    counted, documents being shuffled. Raises ValueError where a set is empty.
     """
     if empty := [name for name, tokens in predicted.items() if not len(tokens)]:
         raise ValueError(f"no predicted tokens to score in {empty[0]!r}")
@@ -37,7 +37,8 @@ def _blocks(datasets: Sequence[Dataset], max_tokens: int) -> Iterator[np.ndarray
         held, left = 0, max_tokens // len(datasets)
         for document in range(len(dataset)):
             try:
-                tokens = dataset.tokens(document, 1, 1 + left)
+                first = max(dataset.prompt_tokens(document), 1) if dataset.has_prompts else 1
+                tokens = dataset.tokens(document, first, first + left)
             except BadDocument:  # training tells of it where it meets it
                 continue
             parts.append(tokens)

@@ -54,6 +54,8 @@ class BuildOptions:
     """Patterns of paths to leave out."""
     field: str = "text"
     """Key of JSON lines, or column of parquet, that holds the text."""
+    prompt_field: str = ""
+    """Key of JSON lines that holds a prompt, which stands before the text and is not learned; empty: none."""
     held_out: float = 0.05
     """Share of the documents that goes to valid/."""
     seed: int = 0
@@ -66,6 +68,8 @@ class BuildOptions:
         made = dataclasses.asdict(self)
         made["inputs"] = [inputs.without_secrets(name) for name in self.inputs]
         made["exclude"] = list(self.exclude)
+        if not self.prompt_field:  # as versions that know no prompts write it
+            del made["prompt_field"]
         return made
 
 
@@ -107,6 +111,7 @@ def build(
     target = Path(out)
     _check(options, target)
     files = readers.find_files(options.inputs, options.exclude)
+    readers.check_prompts(files, options.prompt_field)
     identity = {"version": _VERSION, "tokenizer": tokenizer.fingerprint, **options.to_dict()}
     folder = claim.folder_of(target, identity)
     try:
@@ -169,7 +174,7 @@ def _run(
     progress: bool,
 ) -> BuildReport:
     spool, dtype = work.spool, token_dtype(tokenizer.vocab_size)
-    recipe = Recipe(options.field, str(work.folder), tokenizer.fingerprint, dtype)
+    recipe = Recipe(options.field, options.prompt_field, str(work.folder), tokenizer.fingerprint, dtype)
     tokenize_all(files, recipe, spool, workers, total_bytes=work.total_bytes, progress=progress)
     try:
         splits = writing.plan(

@@ -110,4 +110,6 @@ def _amount(name: str, datasets: list[Dataset]) -> str:
     documents = sum(len(dataset) for dataset in datasets)
     tokens = sum(dataset.index.num_tokens for dataset in datasets)
     size = sum(dataset.index.text_bytes for dataset in datasets)
-    return f"{name}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text"
+    prompts = sum(dataset.num_prompt_tokens for dataset in datasets)
+    asked = f" ({prompts / tokens:.0%} of them prompts, not learned)" if prompts else ""
+    return f"{name}: {documents:,} documents, {tokens:,} tokens{asked}, {size / 1e6:,.1f} MB of text"

@@ -12,6 +12,7 @@ from bigtrain.data.tokenizer import Tokenizer
 PART_CHARACTERS, MAX_PART_CHARACTERS = 1 << 14, 1 << 18
 """A long document is tokenised in parts: as a whole, sentencepiece takes over 100 bytes of memory a character, and
 2.6 times as long for 6 MB."""
+_BEGINS_WITH_A_SPACE = re.compile(r" \S")
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=\S)")
 
 
@@ -22,15 +23,29 @@ def token_dtype(vocab_size: int) -> str:
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """[BOS] + ids + [EOS] of a document, in the `token_dtype` of the tokenizer."""
+    return encode_pair(tokenizer, None, text)[0]
+
+
+def encode_pair(tokenizer: Tokenizer, prompt: str | None, text: str) -> tuple[np.ndarray, int]:
+    """([BOS] + ids + [EOS] of a document, in the `token_dtype` of the tokenizer; how many of them are its prompt, BOS
+    counted: 0 where it has none)."""
     dtype = token_dtype(tokenizer.vocab_size)
-    blocks = [ids for _, ids in encode_parts(tokenizer, text, dtype)]
-    return np.concatenate([np.array([tokenizer.bos_id], dtype), *blocks, np.array([tokenizer.eos_id], dtype)])
+    asked = [ids for _, ids in encode_parts(tokenizer, prompt or "", dtype)]
+    answered = [ids for _, ids in encode_parts(tokenizer, text, dtype, goes_on=bool(prompt))]
+    bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
+    return np.concatenate([bos, *asked, *answered, eos]), 0 if prompt is None else 1 + sum(map(len, asked))
 
 
-def encode_parts(tokenizer: Tokenizer, text: str, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(text, ids) of each part of a document, without its begin and end."""
+def encode_parts(
+    tokenizer: Tokenizer, text: str, dtype: str, *, goes_on: bool = False
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(text, ids) of each part of a document, without its begin and end.
+
+    `goes_on`: the text stands behind a prompt. A tokenizer that puts a space before a document puts one between the two
+    unless the text begins with one."""
     for number, part in enumerate(parts(text, tokenizer)):
-        ids = tokenizer.encode_part(part) if number else tokenizer.encode_batch([part])[0]
+        is_part = number or (goes_on and _BEGINS_WITH_A_SPACE.match(part))
+        ids = tokenizer.encode_part(part) if is_part else tokenizer.encode_batch([part])[0]
         yield part, ids.astype(dtype)
 
 

@@ -132,6 +132,19 @@ def _json_field(raw: bytes, field: str) -> str:
     return text
 
 
+def pair(raw: bytes, field: str, prompt_field: str) -> tuple[str, str]:
+    """(prompt, text) of a JSON object. The prompt may be empty. Raises Drop."""
+    prompt, text = _json_field(raw, prompt_field), _json_field(raw, field)
+    if not text or text.isspace():
+        raise Drop(f"field {field!r} is empty")
+    return prompt, text
+
+
+def has_fields(name: str) -> bool:
+    """Whether documents of this format are JSON objects, which may have a prompt beside the text."""
+    return FORMATS[name].text is _json_field
+
+
 def _not_text(field: str) -> str:
     return f"field {field!r} is not text"
 

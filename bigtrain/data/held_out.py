@@ -73,12 +73,9 @@ class HeldOut:
             raise UserError(f"{bad} It is evaluated, so it cannot be skipped. See tools/shards.py verify.") from bad
 
     def predicted_tokens(self) -> np.ndarray:
-        """int64[n]: every token that the evaluation predicts: targets but padding and first tokens of documents."""
-        parts: list[np.ndarray] = []
-        for number in range(self.num_sequences):
-            window = self.sequence(number)
-            targets, starts = window.tokens[1 : window.num_tokens], window.starts[1 : window.num_tokens]
-            parts.append(targets[~starts])
+        """int64[n]: every token that the evaluation predicts: no first token of a document, prompt or padding."""
+        windows = map(self.sequence, range(self.num_sequences))
+        parts = [window.tokens[window.predicted] for window in windows]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,15 @@ def read_begin(run_dir: Path) -> Begin:
         raise UserError(f"{path}: it does not say where the run begins: {error}") from error
 
 
-def digest(tokens: Iterable[np.ndarray]) -> str:
-    """Of these tokens, one array behind the other, padding included: 64 bits, hexadecimal (xxh3)."""
+def digest(tokens: Iterable[np.ndarray], prompts_B: Sequence[Sequence[tuple[int, int]]] = ()) -> str:
+    """Of these tokens, one array behind the other, padding included, and of the places of prompts in each row
+    (`Rows.prompts_B`), where there are any: 64 bits, hexadecimal (xxh3)."""
     state = xxhash.xxh3_64()
     for part in tokens:
         state.update(part.data if part.dtype == _DIGESTED else part.astype(_DIGESTED).data)
+    if any(prompts_B):
+        places = [(row, *prompt) for row, prompts in enumerate(prompts_B) for prompt in prompts]
+        state.update(np.array(places, _DIGESTED).data)
     return state.hexdigest()
 
 

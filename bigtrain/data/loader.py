@@ -1,8 +1,9 @@
 """Sequences -> the microbatches of one data rank, step by step.
 
-Step k of a run is the global sequences [c + k G, c + (k + 1) G), from the cursor c on, whatever the layout. Data rank r
-of D takes every D-th of them, from the r-th on, and cuts them into microbatches. So the global batch is the same set
-for every D, and as D divides the lanes, a rank reads the same lanes in every step.
+Step k of a run is the global sequences [c + k G, c + (k + 1) G), from the cursor c on, whatever the layout; where the
+run passes over a window of the data (passed_over.py), the step behind it begins at its end. Data rank r of D takes
+every D-th of them, from the r-th on, and cuts them into microbatches. So the global batch is the same set for every D,
+and as D divides the lanes, a rank reads the same lanes in every step.
 
 Shapes: B sequences a microbatch, S tokens a sequence.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +25,7 @@ from bigtrain.data.held_out import HeldOut
 from bigtrain.data.ledger import digest
 from bigtrain.data.microbatch import Microbatch
 from bigtrain.data.order import Cursor, Order
+from bigtrain.data.passed_over import Window, first_of_step
 from bigtrain.data.read_ahead import with_read_ahead
 from bigtrain.data.rows import Rows
 
@@ -38,7 +40,7 @@ class StepBatch:
     wait_s: float
     """Seconds that the caller waited for it."""
     digest: str = ""
-    """Of its tokens (data/ledger.py)."""
+    """Of its tokens and prompts (data/ledger.py)."""
     skipped: tuple[Skipped, ...] = ()
     """Bad documents that were passed over since the batch before."""
 
@@ -52,8 +54,9 @@ def batches(
     micro_batch_size: int,
     start: Cursor,
     num_workers: int = 0,
+    passed_over: Sequence[Window] = (),
 ) -> Iterator[StepBatch]:
-    """The batches of every step from `start` on, without end.
+    """The batches of every step from `start` on, without end, but those in the windows that are `passed_over`.
 
     `num_workers` threads read ahead (0: read when asked); the batches are the same. Close the generator, or drop it, to
     end the threads. Raises at once UserError for sizes that do not divide, and ValueError for a cursor that `order` has
@@ -68,14 +71,19 @@ def batches(
             "change within a run: choose a layout whose data-parallel size divides it."
         )
 
+    def first_of(step: int) -> int:
+        return first_of_step(passed_over, start.num_sequences, global_batch_size, step)
+
     def numbers(step: int) -> range:
-        first = start.num_sequences + step * global_batch_size
+        first = first_of(step)
         return range(first + data_rank, first + global_batch_size, data_size)
 
     def read(step: int) -> StepBatch:
         rows = order.rows(numbers(step))
-        cursor = order.cursor(start.num_sequences + (step + 1) * global_batch_size)
-        return StepBatch(cut(rows, micro_batch_size), cursor, 0.0, digest([rows.tokens_BT]), order.faults.take())
+        cursor = order.cursor(first_of(step) + global_batch_size)
+        return StepBatch(
+            cut(rows, micro_batch_size), cursor, 0.0, digest([rows.tokens_BT], rows.prompts_B), order.faults.take()
+        )
 
     order.use_threads(num_workers)
     if num_workers == 0:
@@ -159,7 +167,11 @@ def cut(rows: Rows, micro_batch_size: int) -> tuple[Microbatch, ...]:
     def part(of: slice) -> Microbatch:
         tokens_BS, targets_BS = rows.tokens_BT[of, :-1], rows.tokens_BT[of, 1:]
         return Microbatch(
-            torch.from_numpy(tokens_BS), torch.from_numpy(targets_BS), rows.starts_B[of], rows.num_tokens_B[of]
+            torch.from_numpy(tokens_BS),
+            torch.from_numpy(targets_BS),
+            rows.starts_B[of],
+            rows.num_tokens_B[of],
+            rows.prompts_B[of],
         )
 
     firsts = range(0, len(rows.starts_B), micro_batch_size)

@@ -31,6 +31,9 @@ class Microbatch:
     counts as one: no token before is of any use there."""
     num_tokens_B: Sequence[int]
     """Of each row: how many of those S + 1 are data; behind them is padding."""
+    prompts_B: Sequence[Sequence[tuple[int, int]]] = ()
+    """Of each row, rising: [begin, end) of those S + 1 that are prompts: read, and never predicted. Empty: no row has
+    any."""
 
     @property
     def single_document(self) -> bool:
@@ -45,7 +48,7 @@ class Microbatch:
 
     @functools.cached_property
     def loss_mask_BS(self) -> torch.Tensor:
-        """bool: False where the target is the first token of another document, or padding."""
+        """bool: False where the target is the first token of another document, part of a prompt, or padding."""
         num_rows, length = self.tokens_BS.shape
         mask_BS = np.ones((num_rows, length), np.bool_)
         first_targets: list[int] = []  # in the flat batch
@@ -53,6 +56,9 @@ class Microbatch:
             first_targets += [row * length + start - 1 for start in starts if start]
             mask_BS[row, num_tokens:] = False  # the place before is a start's: that of the padding
         mask_BS.reshape(-1)[first_targets] = False
+        for mask_S, prompts in zip(mask_BS, self.prompts_B, strict=False):
+            for begin, end in prompts:
+                mask_S[max(begin - 1, 0) : end - 1] = False
         return torch.from_numpy(mask_BS)
 
     @functools.cached_property

@@ -316,4 +316,4 @@ def training_order(data: DataConfig, *, seed: int, sequence_length: int, tokeniz
 def _text(source: SourceConfig, tokenizer: Tokenizer | None, places: Places) -> TextTars:
     if tokenizer is None:
         raise ValueError(f"{source.path} is raw text, and there is no tokenizer for it")
-    return TextTars.open(source.path, tokenizer, places=places, field=source.field)
+    return TextTars.open(source.path, tokenizer, places=places, field=source.field, prompt_field=source.prompt_field)

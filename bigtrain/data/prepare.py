@@ -60,6 +60,7 @@ def prepare(
         inputs=list(wanted.inputs),
         exclude=list(wanted.exclude),
         field=wanted.json_field,
+        prompt_field=wanted.prompt_field,
         held_out=wanted.held_out,
         seed=seed,
     )
@@ -130,9 +131,11 @@ def _tokenizer(
         say(f"tokenizer {path} is there: {made.kind}, {made.vocab_size} pieces")
         return made
     files = readers.find_files(wanted.inputs, wanted.exclude)
+    readers.check_prompts(files, wanted.prompt_field)
     texts = training_texts(
         files,
         field=wanted.json_field,
+        prompt_field=wanted.prompt_field,
         held_out=wanted.held_out,
         num_lanes=num_lanes,
         needs_valid=True,
@@ -163,6 +166,7 @@ def training_texts(
     files: list[str],
     *,
     field: str,
+    prompt_field: str = "",
     held_out: float,
     num_lanes: int = 1,
     needs_valid: bool = False,
@@ -173,15 +177,18 @@ def training_texts(
     sides.check_share(held_out)
     census = Census()
     with bar("reading for the tokenizer", readers.total_bytes(files), in_bytes=True, shown=progress) as advance:
-        yield from sides.training_side(_texts(files, field, census.dropped, advance), held_out, census)
+        yield from sides.training_side(_texts(files, field, prompt_field, census.dropped, advance), held_out, census)
     census.check(held_out, num_lanes=num_lanes, needs_valid=needs_valid)
 
 
-def _texts(files: list[str], field: str, dropped: readers.Drops, advance: Callable[[int], None]) -> Iterable[str]:
+def _texts(
+    files: list[str], field: str, prompt_field: str, dropped: readers.Drops, advance: Callable[[int], None]
+) -> Iterable[str]:
     for record in readers.read_records(files, field):
         advance(record.num_bytes)
         try:
-            yield readers.text_of(record, field)
+            prompt, text = readers.pair_of(record, field, prompt_field)
+            yield (prompt or "") + text
         except readers.Drop as reason:
             dropped.add(str(reason), record.source)
 
@@ -199,12 +206,13 @@ def _check_shards(out: Path, wanted: PrepareConfig, made: Tokenizer, say: Say) -
         "inputs": [inputs.without_secrets(name) for name in wanted.inputs],
         "exclude": list(wanted.exclude),
         "field": wanted.json_field,
+        "prompt_field": wanted.prompt_field,
         "held_out": wanted.held_out,
     }
     for name, now in asked.items():
-        if index.made.get(name) != now:
+        if (before := index.made.get(name, "")) != now:
             raise UserError(
-                f"{out} was built with {name}={index.made.get(name)}, but data.prepare says {now}. Set another "
+                f"{out} was built with {name}={before}, but data.prepare says {now}. Set another "
                 "data.prepare.out, or remove the folder to build it again; data.prepare.inputs=[] uses it as it is."
             )
     say(f"shards {out} are there: {index.num_documents:,} documents, {index.num_tokens:,} tokens in train/")

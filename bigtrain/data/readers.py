@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from bigtrain.config.errors import UserError
 from bigtrain.data import inputs
-from bigtrain.data.formats import FORMATS, READ_ERRORS, Drop, format_of
+from bigtrain.data.formats import FORMATS, READ_ERRORS, Drop, format_of, has_fields, pair
 
 DOCUMENTS = (
     "each line of .jsonl and row of .parquet is a document, each file of text is one, and 128 or more above 256 KiB"
@@ -48,7 +48,7 @@ class Drops:
         if not self.counts:
             return "none"
         reasons = [f"{self.counts[name]:,} {name} (such as {self.examples[name]})" for name in sorted(self.counts)]
-        hint = "; data.prepare.json_field (--field) names the key that holds the text"
+        hint = "; data.prepare.json_field (--field) names the key that holds the text, prompt_field that of a prompt"
         return ", ".join(reasons) + hint * any(name.startswith("no field") for name in self.counts)
 
 
@@ -146,6 +146,26 @@ def text_of(record: Record, field: str) -> str:
     if not text or text.isspace():
         raise Drop("empty")
     return text
+
+
+def pair_of(record: Record, field: str, prompt_field: str) -> tuple[str | None, str]:
+    """(prompt, text) of a record; without a `prompt_field` (None, text). The text is never blank. Raises Drop with the
+    reason."""
+    if not prompt_field:
+        return None, text_of(record, field)
+    if isinstance(record.raw, Drop):
+        raise record.raw
+    return pair(record.raw, field, prompt_field)
+
+
+def check_prompts(files: Sequence[str], prompt_field: str) -> None:
+    """Raises UserError where prompts are asked for, and a file has no room for them."""
+    other = [file for file in files if not has_fields(format_of(inputs.without_query(file)))] if prompt_field else []
+    if other:
+        raise UserError(
+            f"input {inputs.without_secrets(other[0])}: prompts are read from JSON lines only (.jsonl, .jsonl.gz, "
+            f".jsonl.zst), and field {prompt_field!r} is to be one (--prompt-field, data.prepare.prompt_field)."
+        )
 
 
 def total_bytes(files: Sequence[str]) -> int:

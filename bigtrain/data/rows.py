@@ -8,7 +8,7 @@ Shapes: B sequences, T = S + 1 tokens each: S inputs, and the target after the l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,6 +29,9 @@ class Rows:
     is of any use there."""
     num_tokens_B: list[int]
     """Of each row: tokens that are data; behind them is padding."""
+    prompts_B: list[list[tuple[int, int]]] = field(default_factory=list[list[tuple[int, int]]])
+    """Of each row, rising: [begin, end) of the tokens of prompts, which are read and never predicted. Empty: no row has
+    any."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,20 @@ class Window:
     """bool[T]: `Rows.starts_B`."""
     num_tokens: int
     """`Rows.num_tokens_B`."""
+    prompts: Sequence[tuple[int, int]]
+    """`Rows.prompts_B`."""
     pieces: tuple[Piece, ...]
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """bool[T]: which tokens are predicted. Not the first, as nothing stands before it, nor first tokens of
+        documents, prompts and padding."""
+        predicted = ~self.starts
+        predicted[0] = False
+        predicted[self.num_tokens :] = False
+        for begin, end in self.prompts:
+            predicted[begin:end] = False
+        return predicted
 
 
 def read(
@@ -59,14 +75,19 @@ def read(
     parts: list[np.ndarray] = []
     starts_B: list[list[int]] = []
     num_tokens_B: list[int] = []
+    prompts_B: list[list[tuple[int, int]]] = []
+    prompted = [dataset.has_prompts for dataset in datasets]
     for pieces in pieces_B:
         starts: list[int] = []
+        prompts: list[tuple[int, int]] = []
         filled = 0
         for source, document, first, count, _ in pieces:
             try:
                 parts.append(datasets[source].tokens(document, first, first + count))
                 if apart or not first:
                     starts.append(filled)
+                if prompted[source] and (left := datasets[source].prompt_tokens(document) - first) > 0:
+                    prompts.append((filled, filled + min(left, count)))
             except BadDocument as bad:
                 if faults is None:
                     raise
@@ -79,13 +100,15 @@ def read(
             starts.append(filled)
         starts_B.append(starts)
         num_tokens_B.append(filled)
+        prompts_B.append(prompts)
     tokens_BT = np.concatenate(parts, dtype=np.int64).reshape(len(starts_B), sequence_length + 1)
-    return Rows(tokens_BT, starts_B, num_tokens_B)
+    return Rows(tokens_BT, starts_B, num_tokens_B, prompts_B)
 
 
 def window(rows: Rows, pieces: Sequence[Piece]) -> Window:
     """The only row of `rows`."""
     (tokens,), (places,), (num_tokens,) = rows.tokens_BT, rows.starts_B, rows.num_tokens_B
+    (prompts,) = rows.prompts_B
     starts = np.zeros(len(tokens), np.bool_)
     starts[places] = True
-    return Window(tokens, starts, num_tokens, tuple(pieces))
+    return Window(tokens, starts, num_tokens, prompts, tuple(pieces))

@@ -7,6 +7,8 @@
         KEY.tokens.npy                [BOS] + ids + [EOS], uint16 or uint32
     FOLDER/shard-000000.idx.npy   one row a document: where its tokens lie in the tar (DOCUMENT_DTYPE)
 
+Of a shard that has prompts, KEY.json has "prompt_tokens" too, and the rows are of PROMPTED_DTYPE.
+
 KEY is the document's number in the folder and the hash of its text. Plain `tar`, numpy and webdataset read all of it;
 shards.py reads the tokens through a memory map of the tar.
 """
@@ -46,6 +48,13 @@ DOCUMENT_DTYPE = np.dtype(
         ("crc32", "<u4"),  # of the raw tokens
     ]
 )
+PROMPTED_DTYPE = np.dtype(
+    [
+        *DOCUMENT_DTYPE.descr,
+        ("prompt_tokens", "<u4"),  # at the begin, BOS counted: read, and never predicted
+    ]
+)
+"""Rows of a shard some of whose documents begin with a prompt."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +166,11 @@ def metadata_at(file: IO[bytes]) -> tuple[str, dict[str, Any]]:
         return member.name.split(".")[0], json.loads(content.read())
 
 
-def scan_tar(path: Path, dtype: str) -> Iterator[tuple[str, tuple[int, int, int, int, int]]]:
-    """(key, row of DOCUMENT_DTYPE) of each sample, found by reading the tar itself and nothing else.
+def scan_tar(path: Path, dtype: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(key, row of PROMPTED_DTYPE) of each sample, found by reading the tar itself and nothing else.
 
     Raises ValueError or tarfile.TarError where a sample is not as the module says, with its key."""
-    key, sample, text_bytes = "", 0, 0
+    key, sample, text_bytes, prompt_tokens = "", 0, 0, 0
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as members:
         for member in members:
             name, _, ending = member.name.partition(".")
@@ -170,10 +179,13 @@ def scan_tar(path: Path, dtype: str) -> Iterator[tuple[str, tuple[int, int, int,
             members.members = []  # tarfile would remember them all  # pyright: ignore[reportAttributeAccessIssue]
             if ending == "json":
                 key, sample = name, member.offset
-                text_bytes = int(_expect(lambda raw=raw: json.loads(raw)["text_bytes"], name))
+                text_bytes, prompt_tokens = _expect(lambda raw=raw: _parse_metadata(raw), name)
             elif ending == "tokens.npy" and name == key:
                 tokens, header = _expect(lambda raw=raw: _parse_npy(raw, dtype), name)
-                yield key, (sample, member.offset_data + header, len(tokens), text_bytes, zlib.crc32(tokens))
+                yield (
+                    key,
+                    (sample, member.offset_data + header, len(tokens), text_bytes, zlib.crc32(tokens), prompt_tokens),
+                )
             else:
                 raise ValueError(f"sample {name}: member {member.name} is not expected there")
 
@@ -183,6 +195,12 @@ def _expect(read: Any, key: str) -> Any:
         return read()
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"sample {key}: {error}") from error
+
+
+def _parse_metadata(raw: bytes) -> tuple[int, int]:
+    """(text_bytes, prompt_tokens)."""
+    metadata = json.loads(raw)
+    return int(metadata["text_bytes"]), int(metadata.get("prompt_tokens", 0))
 
 
 def _parse_npy(raw: bytes, dtype: str) -> tuple[np.ndarray, int]:

@@ -23,7 +23,15 @@ from bigtrain.config.schema import Config
 from bigtrain.data.faults import BadDocument
 from bigtrain.data.folders import Folder, LocalFolder, Places, RemoteFolder, allow_open_files, check_room
 from bigtrain.data.remote import MissingError
-from bigtrain.data.shard_format import DOCUMENT_DTYPE, INDEX, Index, Shard, metadata_at, npy_header
+from bigtrain.data.shard_format import (
+    DOCUMENT_DTYPE,
+    INDEX,
+    PROMPTED_DTYPE,
+    Index,
+    Shard,
+    metadata_at,
+    npy_header,
+)
 from bigtrain.data.tokenizer import FILES, Tokenizer, from_files, read_from
 
 _LARGEST_NPY_HEADER_BYTES = 1024
@@ -33,6 +41,9 @@ _FETCHES_AT_A_TIME = 8
 
 class Dataset:
     """A shard folder, open for reading. Cheap to open: an index and memory maps. Safe to read from many threads."""
+
+    has_prompts = False
+    """Whether some document begins with a prompt."""
 
     def __init__(self, folder: Folder, index: Index) -> None:
         self._folder = folder
@@ -46,6 +57,7 @@ class Dataset:
         with ThreadPoolExecutor(_FETCHES_AT_A_TIME) as pool:  # no thread is started for nothing
             load = pool.map if folder.is_remote else map
             self._documents = list(load(self._load_documents, index.shards))
+        self.has_prompts = any(documents.dtype == PROMPTED_DTYPE for documents in self._documents)
         self._places = [(documents["tokens_at"], documents["num_tokens"]) for documents in self._documents]
 
     @staticmethod
@@ -112,6 +124,18 @@ class Dataset:
         parts = [documents["num_tokens"] for documents in self._documents]
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
+    def prompt_tokens(self, document: int) -> int:
+        """Of a document: tokens at its begin, BOS counted, that are read and never predicted; 0 of plain text."""
+        shard = self.shard_of(document)
+        rows = self._documents[shard]
+        return int(rows["prompt_tokens"][document - self._starts[shard]]) if rows.dtype == PROMPTED_DTYPE else 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all documents."""
+        prompted = (rows for rows in self._documents if rows.dtype == PROMPTED_DTYPE)
+        return sum(int(rows["prompt_tokens"].sum(dtype=np.int64)) for rows in prompted)
+
     def shards_of_documents(self) -> np.ndarray:
         """int64[documents]: which shard each is in."""
         return np.repeat(np.arange(len(self.index.shards)), [shard.num_documents for shard in self.index.shards])
@@ -154,7 +178,7 @@ class Dataset:
             raise UserError(f"data {self.name}: {place}: its name cannot be read: {error}.") from error
 
     def documents_of_shard(self, shard: int) -> np.ndarray:
-        """The index rows (DOCUMENT_DTYPE) of one shard."""
+        """The index rows (DOCUMENT_DTYPE or PROMPTED_DTYPE) of one shard."""
         return self._documents[shard]
 
     def tar(self, shard: int, cancelled: threading.Event | None = None) -> np.ndarray:
@@ -200,18 +224,20 @@ class Dataset:
             raise UserError(f"data {error.filename}: {error.strerror}. Build the folder again.") from error
 
     def _load_documents(self, shard: Shard) -> np.ndarray:
-        size = _LARGEST_NPY_HEADER_BYTES + shard.num_documents * DOCUMENT_DTYPE.itemsize
+        size = _LARGEST_NPY_HEADER_BYTES + shard.num_documents * PROMPTED_DTYPE.itemsize
         try:
             raw = self._folder.map(shard.documents_file, sha256=shard.documents_sha256, max_bytes=size, hold=False)
             header = io.BytesIO(raw[:_LARGEST_NPY_HEADER_BYTES].tobytes())
             dtype, shape = npy_header(header)
-            if dtype != DOCUMENT_DTYPE or shape != (shard.num_documents,):
+            if dtype not in (DOCUMENT_DTYPE, PROMPTED_DTYPE) or shape != (shard.num_documents,):
                 raise ValueError(f"it holds {shape} rows of {dtype}")
-            rows = raw[header.tell() :].view(DOCUMENT_DTYPE).reshape(shape)
+            rows = raw[header.tell() :].view(dtype).reshape(shape)
             # The sizes are the order of the data; its sha256 is not read again in each start, its sums are.
             sums = [int(rows[name].sum(dtype=np.int64)) for name in ("num_tokens", "text_bytes")]
             if sums != [shard.num_tokens, shard.text_bytes] or rows["num_tokens"].min(initial=2) < 2:
                 raise ValueError(f"its documents have {sums} tokens and bytes, the index says otherwise")
+            if dtype == PROMPTED_DTYPE and (rows["prompt_tokens"] >= rows["num_tokens"]).any():
+                raise ValueError("a prompt is as long as its document")
             return rows
         except (OSError, ValueError, EOFError) as error:
             raise UserError(
@@ -282,7 +308,8 @@ def open_all(
         ):
             raise UserError(
                 f"{what}: {dataset.name} was made by the tokenizer {dataset.index.tokenizer}, "
-                f"but {whose} is {expected}. Set tokenizer.path={dataset.tokenizer_path}, or build the shards again."
+                f"but {whose} is {expected}. Build the shards again with that one, or give the run "
+                f"tokenizer.path={dataset.tokenizer_path}."
             )
     allow_open_files(sum(2 * len(dataset.index.shards) for dataset in datasets))
     remote = [dataset for dataset in datasets if dataset.is_remote]

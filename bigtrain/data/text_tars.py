@@ -28,7 +28,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.data import encoding
 from bigtrain.data.faults import BadDocument
 from bigtrain.data.folders import Folder, LocalFolder, Places, RemoteFolder, allow_open_files
-from bigtrain.data.formats import FORMATS, Drop
+from bigtrain.data.formats import FORMATS, Drop, pair
 from bigtrain.data.remote import Cancelled
 from bigtrain.data.shard_format import INDEX
 from bigtrain.data.tar_scan import JSON, Sample, scan
@@ -43,6 +43,9 @@ _USUAL_REMOTE_TAR_BYTES = 1 << 30
 _KEPT_TARS = 16
 _KEPT_TOKENS_BYTES = 256 << 20
 _SAMPLE_BYTES = 4096
+_Encoded = tuple[np.ndarray, int]
+"""The tokens of a document, and how many of them are its prompt."""
+_Found = _Encoded | BadDocument
 
 
 @dataclass(frozen=True)
@@ -68,27 +71,44 @@ class TextTars:
     """Documents by number: shard << 32 | sample in it. Safe to use from many threads."""
 
     def __init__(
-        self, folder: Folder, files: Sequence[str], tokenizer: Tokenizer | None, *, name: str, field: str
+        self,
+        folder: Folder,
+        files: Sequence[str],
+        tokenizer: Tokenizer | None,
+        *,
+        name: str,
+        field: str,
+        prompt_field: str = "",
     ) -> None:
-        """`files` of `folder`; `field`: key of the text in .json members. Without a `tokenizer` it gives texts only."""
+        """`files` of `folder`; `field`: key of the text in .json members, `prompt_field`: of a prompt before it.
+        Without a `tokenizer` it gives texts only."""
         self.name, self.files, self.is_remote = name, list(files), folder.is_remote
-        self.tokenizer, self._folder, self._field = tokenizer, folder, field
+        self.tokenizer, self._folder, self._field, self._prompt_field = tokenizer, folder, field, prompt_field
+        self.has_prompts = bool(prompt_field)
         self._sizes = _sizes_of(folder, self.files)
         self._tars: OrderedDict[int, Future[Tar]] = OrderedDict()
-        self._tokens: OrderedDict[int, Future[np.ndarray | BadDocument]] = OrderedDict()
+        self._tokens: OrderedDict[int, Future[_Found]] = OrderedDict()
         self._in_use: dict[int, int] = {}
         self._held_bytes = 0
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._opener: _Opener | None = None
         self._stopped = threading.Event()
-        parts = ["text", tokenizer.fingerprint if tokenizer else "", field, *_told(folder, self.files, self._sizes)]
+        fields = f"{field}\0{prompt_field}" if prompt_field else field
+        parts = ["text", tokenizer.fingerprint if tokenizer else "", fields, *_told(folder, self.files, self._sizes)]
         self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         """Of the tokenizer and the tars: their names, and where they lie on a disk sizes and some of the content, else
         where they lie (hex)."""
 
     @staticmethod
-    def open(path: str, tokenizer: Tokenizer | None, *, places: Places | None = None, field: str = "text") -> TextTars:
+    def open(
+        path: str,
+        tokenizer: Tokenizer | None,
+        *,
+        places: Places | None = None,
+        field: str = "text",
+        prompt_field: str = "",
+    ) -> TextTars:
         """The tars at `path`: a folder of them, or a name of one or many with {000..127} or, on a disk, * in it. Raises
         UserError where there is none, or one is packed."""
         folder, files = _expand(path, places or Places())
@@ -96,7 +116,7 @@ class TextTars:
             raise UserError(f"data {locations.shown(path)}: {packed} is packed. Unpack it: text is read by position.")
         if not folder.is_remote:
             allow_open_files(min(len(files), _KEPT_TARS))
-        return TextTars(folder, files, tokenizer, name=locations.shown(path), field=field)
+        return TextTars(folder, files, tokenizer, name=locations.shown(path), field=field, prompt_field=prompt_field)
 
     @property
     def size_bytes(self) -> int:
@@ -127,14 +147,22 @@ class TextTars:
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document. Raises BadDocument where it has none that can be used."""
+        return self._document(document)[0][start:stop]
+
+    def prompt_tokens(self, document: int) -> int:
+        """Of a document: tokens at its begin, BOS counted, that are read and never predicted; 0 of plain text. Raises
+        BadDocument."""
+        return self._document(document)[1]
+
+    def _document(self, document: int) -> _Encoded:
         with self._lock:
             found = self._tokens.get(document)
             if found is not None:
                 self._tokens.move_to_end(document)
-        tokens = (found or self._begin(document, None)).result()
-        if isinstance(tokens, BadDocument):
-            raise BadDocument(self.name, tokens.shard, tokens.sample, tokens.reason, tokens.size_bytes)
-        return tokens[start:stop]
+        encoded = (found or self._begin(document, None)).result()
+        if isinstance(encoded, BadDocument):
+            raise BadDocument(self.name, encoded.shard, encoded.sample, encoded.reason, encoded.size_bytes)
+        return encoded
 
     def use(self, lane: int, document: int) -> None:
         """A lane is in this document: its tokens are kept until the lane is in another."""
@@ -165,9 +193,9 @@ class TextTars:
         _, sample = self._sample(document)
         return sample.key, {"source": self.file_of(document), "text_bytes": sample.size}
 
-    def _begin(self, document: int, pool: ThreadPoolExecutor | None) -> Future[np.ndarray | BadDocument]:
+    def _begin(self, document: int, pool: ThreadPoolExecutor | None) -> Future[_Found]:
         """Tokenise it: on the pool, or at once. Only one does it for all who ask."""
-        mine: Future[np.ndarray | BadDocument] = Future()
+        mine: Future[_Found] = Future()
         with self._lock:
             found = self._tokens.setdefault(document, mine)
         if found is mine:
@@ -177,21 +205,19 @@ class TextTars:
                 pool.submit(self._tokenize_into, document, mine, self._stopped)
         return found
 
-    def _tokenize_into(
-        self, document: int, result: Future[np.ndarray | BadDocument], stopped: threading.Event | None = None
-    ) -> None:
+    def _tokenize_into(self, document: int, result: Future[_Found], stopped: threading.Event | None = None) -> None:
         try:
             if stopped is not None and stopped.is_set():
                 raise Cancelled
-            tokens: np.ndarray | BadDocument = self._tokenize(document)
+            encoded: _Found = self._tokenize(document)
         except BadDocument as bad:
-            tokens = BadDocument(self.name, bad.shard, bad.sample, bad.reason, bad.size_bytes)  # without its frames
+            encoded = BadDocument(self.name, bad.shard, bad.sample, bad.reason, bad.size_bytes)  # without its frames
         except BaseException as error:
             result.set_exception(error)
             with self._lock:
                 self._tokens.pop(document, None)
             return
-        result.set_result(tokens)
+        result.set_result(encoded)
         with self._lock:
             self._held_bytes += _size_of(result)
             if self._held_bytes > _KEPT_TOKENS_BYTES:
@@ -206,24 +232,35 @@ class TextTars:
                 del self._tokens[document]
                 self._held_bytes -= _size_of(future)
 
-    def _tokenize(self, document: int) -> np.ndarray:
+    def _tokenize(self, document: int) -> _Encoded:
         assert self.tokenizer is not None
-        return encoding.encode(self.tokenizer, self.text(document))
+        prompt, text = self._pair(document)
+        return encoding.encode_pair(self.tokenizer, prompt, text)
 
     def text(self, document: int) -> str:
-        """The text of a document, never blank. Raises BadDocument where it has none that can be used."""
+        """The text of a document, its prompt before it; never blank. Raises BadDocument where it has none that can be
+        used."""
+        prompt, text = self._pair(document)
+        return (prompt or "") + text
+
+    def _pair(self, document: int) -> tuple[str | None, str]:
+        """(prompt, text)."""
         tar, sample = self._sample(document)
         try:
             if sample.reason:
                 raise Drop(sample.reason)
             tar_bytes = self._map(self.shard_of(document)) if tar.raw is None else tar.raw
             raw = tar_bytes[sample.start : sample.start + sample.size].tobytes()
+            if self._prompt_field and sample.kind != JSON:
+                raise Drop("it is .txt, which has no prompt")
+            if self._prompt_field:
+                return pair(raw, self._field, self._prompt_field)
             text = FORMATS[".jsonl" if sample.kind == JSON else "text"].text(raw, self._field)
             if not text or text.isspace():
                 raise Drop("empty")
         except Drop as reason:
             raise BadDocument(self.name, self.file_of(document), sample.key, str(reason), sample.size) from None
-        return text
+        return None, text
 
     def _sample(self, document: int) -> tuple[Tar, Sample]:
         tar = self._tar(document >> 32)
@@ -282,10 +319,10 @@ class _Opener(threading.Thread):
                 self._work(shard)
 
 
-def _size_of(future: Future[np.ndarray | BadDocument]) -> int:
+def _size_of(future: Future[_Found]) -> int:
     """Bytes of its tokens."""
-    tokens = None if future.exception() else future.result()
-    return tokens.nbytes if isinstance(tokens, np.ndarray) else 0
+    encoded = None if future.exception() else future.result()
+    return encoded[0].nbytes if isinstance(encoded, tuple) else 0
 
 
 def _told(folder: Folder, files: Sequence[str], sizes: Sequence[int]) -> Iterator[str]:

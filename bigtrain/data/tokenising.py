@@ -25,6 +25,7 @@ class Recipe:
     """What a process needs besides the documents."""
 
     field: str
+    prompt_field: str
     tokenizer: str
     """Path of the folder with its files."""
     fingerprint: str
@@ -102,13 +103,14 @@ def _tokenize(batch: Batch) -> Tokenized:
         record = batch.records.pop()
         source = record.source
         try:
-            text = readers.text_of(record, recipe.field)
+            prompt, text = readers.pair_of(record, recipe.field, recipe.prompt_field)
         except Drop as reason:
             dropped.add(str(reason), source)
             continue
         del record
-        tokens, text_bytes, number = _encode(tokenizer, text, recipe.dtype)
-        metadata = json.dumps({"source": source, "text_bytes": text_bytes}).encode()
+        tokens, text_bytes, prompt_tokens, number = _encode(tokenizer, prompt, text, recipe.dtype)
+        of_prompt = {} if prompt is None else {"prompt_tokens": prompt_tokens}
+        metadata = json.dumps({"source": source, "text_bytes": text_bytes, **of_prompt}).encode()
         num_bytes = sum(map(len, tokens))
         rows.append((at, num_bytes // np.dtype(recipe.dtype).itemsize, len(metadata), number))
         content += [*tokens, metadata]
@@ -116,14 +118,17 @@ def _tokenize(batch: Batch) -> Tokenized:
     return Tokenized(content, np.array(rows, ROW_DTYPE), dropped, bytes_read, end)
 
 
-def _encode(tokenizer: Tokenizer, text: str, dtype: str) -> tuple[list[bytes], int, int]:
-    """The tokens of a document, as bytes in parts; the size of its text in UTF-8; the hash of its text."""
-    digest, text_bytes = sides.new_digest(), 0
+def _encode(tokenizer: Tokenizer, prompt: str | None, text: str, dtype: str) -> tuple[list[bytes], int, int, int]:
+    """The tokens of a document, as bytes in parts; the size of its text in UTF-8, prompt and all; how many tokens are
+    its prompt, BOS counted; the hash of its text, prompt and all."""
+    digest, text_bytes, prompt_tokens = sides.new_digest(), 0, 1
     blocks = [np.array([tokenizer.bos_id], dtype).tobytes()]
-    for part, ids in encoding.encode_parts(tokenizer, text, dtype):
-        encoded = part.encode()
-        digest.update(encoded)
-        text_bytes += len(encoded)
-        blocks.append(ids.tobytes())
+    for is_prompt, whole in ((True, prompt or ""), (False, text)):
+        for part, ids in encoding.encode_parts(tokenizer, whole, dtype, goes_on=not is_prompt and bool(prompt)):
+            encoded = part.encode()
+            digest.update(encoded)
+            text_bytes += len(encoded)
+            prompt_tokens += len(ids) * is_prompt
+            blocks.append(ids.tobytes())
     blocks.append(np.array([tokenizer.eos_id], dtype).tobytes())
-    return blocks, text_bytes, sides.number_of(digest)
+    return blocks, text_bytes, prompt_tokens, sides.number_of(digest)

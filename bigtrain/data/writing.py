@@ -21,7 +21,7 @@ import numpy as np
 from bigtrain.data import shard_format, sides
 from bigtrain.data.journal import Journal, sync
 from bigtrain.data.progress import bar
-from bigtrain.data.shard_format import DOCUMENT_DTYPE, INDEX, Index, Shard
+from bigtrain.data.shard_format import DOCUMENT_DTYPE, INDEX, PROMPTED_DTYPE, Index, Shard
 from bigtrain.data.sides import Census
 from bigtrain.data.spool import Spool
 from bigtrain.data.tokenizer import Tokenizer, digests_of
@@ -152,7 +152,9 @@ def _write_shard(job: _Job) -> Shard:
     with aside[job.tar].open("wb") as file:
         _write_tar(job, file)
     samples = (row for _, row in shard_format.scan_tar(aside[job.tar], job.dtype))
-    documents = np.fromiter(samples, DOCUMENT_DTYPE, len(job.rows))
+    documents = np.fromiter(samples, PROMPTED_DTYPE, len(job.rows))
+    if not documents["prompt_tokens"].any():  # as versions that know no prompts write and read it
+        documents = documents[[*(DOCUMENT_DTYPE.names or ())]].astype(DOCUMENT_DTYPE)
     with aside[documents_file].open("wb") as file:
         np.save(file, documents, allow_pickle=False)
     for path, content in aside.items():

@@ -5,6 +5,8 @@ Each names the line that it works around. `tests/unit/test_vendor_patches.py` fa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -41,6 +43,27 @@ def apply_on_cpu() -> None:
     backend: Any = import_module("deepspeed.comm.torch")
     backend.TorchBackend.reduce_scatter_tensor = _reduce_scatter
     backend.TorchBackend.all_gather_into_tensor = _all_gather
+
+
+@contextmanager
+def update_refused(optimizer: Any, device: torch.device) -> Iterator[None]:
+    """A step() in the block finds a gradient norm that is not finite, so it drops the gradients and updates nothing.
+
+    DeepSpeed has no call for that; its own path for an overflow clears what a step leaves behind
+    (stage_1_and_2.py:3050, stage3.py:2891, bf16_optimizer.py:402). Each kind of optimizer gets its norm from another
+    method."""
+    infinite = torch.tensor(float("inf"), device=device)
+    ways: dict[str, Any] = {
+        "scaled_global_norm": lambda: infinite,  # stages 1 and 2
+        "_get_norm_groups": lambda: [infinite],  # stage 3
+        "get_grads_for_norm": lambda: ([infinite], {}),  # bf16
+    }
+    name = next(name for name in ways if hasattr(optimizer, name))
+    setattr(optimizer, name, ways[name])
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)
 
 
 def _reduce_scatter(

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bigtrain.config.schema import Config
@@ -39,7 +40,7 @@ from bigtrain.engine.tied import TiedWeight
 from bigtrain.engine.vendor import import_deepspeed
 from bigtrain.model.build import EMBEDDING, Decoder, build, shards_of
 from bigtrain.model.initial import initialize
-from bigtrain.optim.loss_scale import LossScale
+from bigtrain.optim.loss_scale import SMALLEST, LossScale
 from bigtrain.optim.optimizer import build_optimizer
 
 
@@ -92,6 +93,8 @@ class Engine:
         self.steps_taken = 0
         self.grad_norm = 0.0
         """Of the last step, before clipping."""
+        self.overflowed = False
+        """Whether the last step was dropped since its gradient overflowed at fp16's loss scale, which is lower now."""
 
     def shards(self) -> list[tuple[Shard, torch.nn.Parameter]]:
         """Every parameter of this stage with its place in the whole model."""
@@ -169,21 +172,27 @@ class Engine:
         self._deepspeed.eval()
         return LossSum(self._run(microbatches, torch.ones(()), forward_only=True), self._count_tokens(microbatches))
 
-    def optimizer_step(self, lr: float) -> float:
+    def optimizer_step(self, lr: float, *, skip: bool = False) -> float:
         """Reduce the gradients over the data ranks, clip, update with learning rate `lr`. Returns the global gradient
-        norm before clipping, inf where DeepSpeed skipped the update for a gradient that is not finite."""
+        norm before clipping, inf where it is not finite: DeepSpeed then drops the gradients on all ranks alike, and
+        weights, moments and Adam's step count stay as they are, to the bit. With `skip` that is done to any gradient,
+        and the norm is nan: it is not known."""
         if self.config.parallel.zero_stage == 0 and self.runtime.topology.data > 1:
             self._all_reduce_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self._deepspeed.step()
+        with deepspeed_patches.update_refused(self.optimizer, self.runtime.device) if skip else nullcontext():
+            self._deepspeed.step()
         if self.config.parallel.zero_stage == 3:
             # DeepSpeed overwrites in the first backward of a step and adds in the others; a chunk may come later
             self.optimizer.grad_partitions_flat_buffer.zero_()
         self.steps_taken += 1
-        self.grad_norm = float(self._deepspeed.get_global_grad_norm())
-        if self.config.precision.dtype == "fp16":
-            self.loss_scale.update(overflowed=not math.isfinite(self.grad_norm))
+        self.grad_norm = math.nan if skip else float(self._deepspeed.get_global_grad_norm())
+        self.overflowed = False
+        if self.config.precision.dtype == "fp16" and not skip:
+            overflowed = not math.isfinite(self.grad_norm)
+            self.overflowed = overflowed and self.loss_scale.value > SMALLEST
+            self.loss_scale.update(overflowed=overflowed)
         return self.grad_norm
 
     def _run(self, microbatches: Sequence[Microbatch], scale: torch.Tensor, *, forward_only: bool) -> torch.Tensor:
@@ -212,6 +221,8 @@ class Engine:
         runtime.all_reduce(total, group=runtime.groups.dp)
         if runtime.topology.pipeline > 1:
             runtime.all_reduce(total, group=runtime.groups.pp)
+        if runtime.topology.tensor > 1:  # the same but for a fault of one of them, and all must decide alike on it
+            dist.broadcast(total, group_src=0, group=runtime.groups.tp)
         return total
 
     def _forward_step(self, scale: torch.Tensor) -> Callable[..., Any]:

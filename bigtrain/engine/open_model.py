@@ -14,7 +14,7 @@ from bigtrain.checkpoint import folder as folders
 from bigtrain.config.check import check
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config, ModelConfig, ParallelConfig
-from bigtrain.data.tokenizer import HUGGING_FACE, Tokenizer
+from bigtrain.data.tokenizer import FILES, HUGGING_FACE, Tokenizer
 
 if TYPE_CHECKING:
     from bigtrain.checkpoint.slices import Fragment
@@ -35,9 +35,17 @@ class OpenModel:
     step: int
     config: dict[str, Any]
     """The settings of the run that made it, by group; what is not known is not there."""
+    imported: dict[str, Any]
+    """What an import wrote down of where it came from, with the rows of its vocabulary; empty where it is ours."""
     read: Callable[[Sequence[Fragment]], None]
     """Fill fragments (kind "weight") with their parts of the weights; no rank holds the whole. Collective. Raises
     UserError where they are damaged."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a run that starts from these weights keeps in its checkpoints (JSON)."""
+        began = {"init_from": {"from": str(self.folder), "from_step": self.step}}
+        return {**began, "imported": self.imported} if self.imported else began
 
     def padded(self, tensor: int) -> ModelConfig:
         """The model with a vocabulary that divides into `tensor` equal parts."""
@@ -50,23 +58,36 @@ class OpenModel:
             raise UserError(f"tensor={tensor}: the model does not divide into that many equal parts ({wrong})")
 
 
-def open_model(path: str | Path) -> OpenModel:
-    """The model at `path`: a checkpoint, a run's folder (then its newest), or a Hugging Face folder.
+def open_model(path: str | Path, *, tokenizer: Tokenizer | None = None) -> OpenModel:
+    """The model at `path`: a checkpoint, a run's folder (then its newest), or a Hugging Face folder. `tokenizer`: what
+    it has where the folder has none.
 
     Raises UserError where there is none, it was never committed, or this version does not know it."""
     path = Path(path)
     is_hugging_face = (path / _SETTINGS).is_file() and not (path / folders.STATE).is_file()
-    return _hugging_face(path) if is_hugging_face else _checkpoint(path)
+    return _hugging_face(path, tokenizer) if is_hugging_face else _checkpoint(path, tokenizer)
 
 
-def _checkpoint(path: Path) -> OpenModel:
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FILES)
+
+
+def _tokenizer(folder: Path, instead: Tokenizer | None) -> Tokenizer:
+    if instead is not None and not has_tokenizer(folder):
+        return instead
+    return Tokenizer.load(folder, first=HUGGING_FACE)
+
+
+def _checkpoint(path: Path, tokenizer: Tokenizer | None) -> OpenModel:
     folder = folders.resolve(path)
     state = folders.state_of(folder)
     num_tokens: Any = 0
+    imported: dict[str, Any] = {}
     try:
         config = dict(state["config"])
         model = ModelConfig(**config["model"])
-        num_tokens = state.get("imported", {}).get("vocab_size", model.vocab_size)
+        imported = dict(state.get("imported", {}))
+        num_tokens = imported.get("vocab_size", model.vocab_size)
         wrong = _mistyped(model) or _problems(model, 1)
         if not wrong and (type(num_tokens) is not int or not 0 < num_tokens <= model.vocab_size):
             wrong = f"imported.vocab_size={num_tokens!r:.40}"
@@ -80,10 +101,11 @@ def _checkpoint(path: Path) -> OpenModel:
 
         store.load_weights(folder, fragments)
 
-    return OpenModel(folder, model, num_tokens, Tokenizer.load(folder), int(state.get("step", 0)), config, read)
+    step, text = int(state.get("step", 0)), _tokenizer(folder, tokenizer)
+    return OpenModel(folder, model, num_tokens, text, step, config, imported, read)
 
 
-def _hugging_face(folder: Path) -> OpenModel:
+def _hugging_face(folder: Path, instead: Tokenizer | None) -> OpenModel:
     from bigtrain.checkpoint import hf_folder
 
     model = hf_folder.load_settings(folder)
@@ -91,11 +113,19 @@ def _hugging_face(folder: Path) -> OpenModel:
     if wrong:
         raise UserError(f"{folder / _SETTINGS}: its model is not one that this version knows ({wrong})")
     found, _ = hf_folder.check_tensors(folder, model)
-    tokenizer = Tokenizer.load(folder, first=HUGGING_FACE)
+    tokenizer = _tokenizer(folder, instead)
     hf_folder.check_tokenizer(folder, model, tokenizer.vocab_size)
     config = {"model": asdict(model), "precision": {"dtype": hf_folder.dtype_of(found)}}
+    imported = {"from": "huggingface", "vocab_size": model.vocab_size}
     return OpenModel(
-        folder, model, model.vocab_size, tokenizer, 0, config, lambda parts: hf_folder.fill(parts, model, found)
+        folder,
+        model,
+        model.vocab_size,
+        tokenizer,
+        0,
+        config,
+        imported,
+        lambda parts: hf_folder.fill(parts, model, found),
     )
 
 

@@ -104,6 +104,8 @@ class Answers:
         try:
             self._file.write(said + "\n")
             self._file.flush()
+        except BrokenPipeError:  # who read it has seen enough
+            raise
         except OSError as error:
             raise UserError(refusal(self._out or "stdout", error)) from error
 

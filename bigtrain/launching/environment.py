@@ -1,5 +1,4 @@
-"""What every rank finds in its environment, however it was started: torchrun's names, and what makes a CPU fast.
-And what rank 0 says with its exit status."""
+"""What every rank finds in its environment, however it was started: torchrun's names, and what makes a CPU fast."""
 
 from __future__ import annotations
 
@@ -13,10 +12,6 @@ from pathlib import Path
 
 from bigtrain.config.errors import UserError
 from bigtrain.launching.machine import num_cores
-
-COME_BACK = 75
-"""Exit status of rank 0 (the others': 0) where SIGUSR2 stopped the run, it is saved, and it wants to go on: EX_TEMPFAIL
-of sysexits.h."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 from bigtrain.config.schema import Config
+from bigtrain.config.status import HUNG, USER_ERROR
 from bigtrain.launching.environment import Place, free_port, rank_environment
+from bigtrain.telemetry.failures import SPOKEN_FOR
 
 POLL_S = 0.02
 SHOWN_LINES = 40
@@ -50,43 +52,80 @@ def rank_commands(config: Config, *, port: int | None = None) -> list[Command]:
         Command(
             label=f"rank {rank}",
             arguments=[sys.executable, "-m", "bigtrain.train", str(run_dir)],
-            environment=rank_environment(Place(rank, rank, world, world, "127.0.0.1", port), config.cluster.device),
+            environment={
+                **rank_environment(Place(rank, rank, world, world, "127.0.0.1", port), config.cluster.device),
+                SPOKEN_FOR: "1",
+            },
             log=run_dir / "logs" / f"rank-{rank}.log" if rank else None,
         )
         for rank in range(world)
     ]
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How commands that ran together ended."""
+
+    status: int
+    """0, or that of the command that failed first (128 + n for signal n, as a shell says it), or 128 + n where signal n
+    was sent to us."""
+    failed: Sequence[Child] = ()
+    """Those that failed before the others were ended, the likeliest cause in front; none where a signal was sent to
+    us."""
+    num_others: int = 0
+
+
 def run(commands: Sequence[Command], *, grace_s: float = 10.0) -> int:
+    """As `watch`; says on stderr who failed and why. Returns the status."""
+    ended = watch(commands, grace_s=grace_s)
+    if ended.failed:
+        show_output(ended.failed)
+        if ended.status != USER_ERROR:  # its own error line has been shown
+            print(_told(ended.failed[0], ended.num_others), file=sys.stderr)
+    return ended.status
+
+
+def watch(
+    commands: Sequence[Command],
+    *,
+    grace_s: float = 10.0,
+    linger_s: float = 0.0,
+    is_effect: Callable[[Child], bool] = lambda child: False,
+) -> Ended:
     """Run all commands at once until all end; the first that fails ends the others: SIGTERM, after `grace_s` SIGKILL.
 
+    They have `linger_s` to fail by themselves before. `is_effect`: whether a failed one fell only because another did;
+    that one is then waited for, up to SETTLE_S.
+
     A signal sent to us (Ctrl-C, SIGTERM, SIGHUP) is passed on; a second one ends everything. Call it from the main
-    thread. Returns 0, or the status of the command that failed first (128 + n for signal n, as a shell says it), or
-    128 + n where signal n was sent to us.
+    thread.
     """
-    children: list[_Child] = []
+    children: list[Child] = []
+    failed: list[Child] = []
     with _received_signals() as received:
         try:
             for command in commands:
                 if received:
                     break
                 children.append(_start(command))
-            failed = _watch(children, received)
+            failed = _watch(children, received, is_effect)
+            if failed and not received:
+                _linger(children, linger_s)
         finally:
-            _end(children, grace_s)
+            is_hung = any(child.status == HUNG for child in failed)
+            _end(children, 0.0 if is_hung and not received else grace_s)  # the kernel may have stopped one
             if sys.stdout.isatty():  # a rank that was killed had hidden the cursor for its live line
                 sys.stdout.write("\x1b[?25h")
                 sys.stdout.flush()
     if received:
-        return 128 + received[0]
-    if not failed:
-        return 0
-    _show(failed, others=len(children) - len(failed))
-    return failed[0].status
+        return Ended(128 + received[0])
+    return Ended(failed[0].status, failed, len(children) - len(failed)) if failed else Ended(0)
 
 
 @dataclass
-class _Child:
+class Child:
+    """A command that was started."""
+
     command: Command
     process: subprocess.Popen[bytes]
     log_start: int
@@ -102,7 +141,7 @@ class _Child:
             os.killpg(self.process.pid, signum)
 
 
-def _start(command: Command) -> _Child:
+def _start(command: Command) -> Child:
     environment = {**os.environ, **command.environment}
     with contextlib.ExitStack() as stack:
         output, start = None, 0
@@ -119,7 +158,7 @@ def _start(command: Command) -> _Child:
             process_group=0,
             preexec_fn=die_with_parent(),
         )
-    return _Child(command, process, start)
+    return Child(command, process, start)
 
 
 def die_with_parent() -> Callable[[], None] | None:
@@ -155,7 +194,7 @@ def _received_signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _watch(children: Sequence[_Child], received: list[int]) -> list[_Child]:
+def _watch(children: Sequence[Child], received: list[int], is_effect: Callable[[Child], bool]) -> list[Child]:
     """Wait until all children end, one fails, or two signals came. Returns those that failed first, the likeliest
     cause in front: a mistake of the user, then a death by signal, then the lowest rank."""
     passed_on, first_failure = 0, 0.0
@@ -164,23 +203,31 @@ def _watch(children: Sequence[_Child], received: list[int]) -> list[_Child]:
         failed = [child for child, code in zip(children, codes, strict=True) if code]
         if failed and not first_failure:
             first_failure = time.monotonic()
-        settled = not _only_logged(failed) or time.monotonic() - first_failure > SETTLE_S
+        is_unclear = _only_logged(failed) or all(map(is_effect, failed))
+        settled = not is_unclear or time.monotonic() - first_failure > SETTLE_S
         is_urgent = len(received) > 1
         if received and (is_urgent or not passed_on):
             passed_on = received[0]
             for child in children:
                 child.signal_group(passed_on)
         if (failed and settled) or is_urgent or None not in codes:
-            return sorted(failed, key=lambda child: (child.status != 2, child.process.returncode >= 0))
+            order = sorted(failed, key=lambda child: (child.status != USER_ERROR, child.process.returncode >= 0))
+            return sorted(order, key=is_effect)
         time.sleep(POLL_S)
 
 
-def _only_logged(failed: Sequence[_Child]) -> bool:
+def _only_logged(failed: Sequence[Child]) -> bool:
     """Whether all of them ended for a mistake of the user, and none has said so on the terminal."""
-    return all(child.status == 2 and child.command.log is not None for child in failed)
+    return all(child.status == USER_ERROR and child.command.log is not None for child in failed)
 
 
-def _end(children: Sequence[_Child], grace_s: float) -> None:
+def _linger(children: Sequence[Child], linger_s: float) -> None:
+    deadline = time.monotonic() + linger_s
+    while time.monotonic() < deadline and any(child.process.poll() is None for child in children):
+        time.sleep(POLL_S)
+
+
+def _end(children: Sequence[Child], grace_s: float) -> None:
     """No child is left when this returns, nor anything that a failed or ended one had started."""
     running = [child for child in children if child.process.poll() is None]
     for child in running:
@@ -195,21 +242,20 @@ def _end(children: Sequence[_Child], grace_s: float) -> None:
         child.process.wait()
 
 
-def _show(failed: Sequence[_Child], others: int) -> None:
-    """Say on stderr who failed and why; a child without a log has said it there itself."""
-    said = any(child.status == 2 and child.command.log is None for child in failed)
+def show_output(failed: Sequence[Child]) -> None:
+    """The end of what failed ones wrote, on stderr; a child without a log has written it there itself."""
+    said = any(child.status == USER_ERROR and child.command.log is None for child in failed)
     for child in failed:
-        if said and child.status == 2:
+        if said and child.status == USER_ERROR:
             continue
-        name, log = child.command.label, child.command.log
-        if log is not None:
-            with log.open("rb") as file:
+        if child.command.log is not None:
+            with child.command.log.open("rb") as file:
                 file.seek(child.log_start)
                 lines = file.read().decode(errors="replace").splitlines()
-            print("\n".join(f"[{name}] {line}" for line in lines[-SHOWN_LINES:]), file=sys.stderr)
-    first = failed[0]
-    if first.status == 2:  # its own error line has been shown
-        return
+            print("\n".join(f"[{child.command.label}] {line}" for line in lines[-SHOWN_LINES:]), file=sys.stderr)
+
+
+def _told(first: Child, num_others: int) -> str:
     ended = f"with status {first.status}"
     if first.process.returncode < 0:
         number = -first.process.returncode
@@ -217,5 +263,5 @@ def _show(failed: Sequence[_Child], others: int) -> None:
         if number == signal.SIGKILL:
             ended += " (the kernel does that when memory runs out)"
     where = f" Its output: {first.command.log}" if first.command.log is not None else ""
-    stopped = f"; the other {others} were stopped" if others else ""
-    print(f"error: {first.command.label} ended {ended}{stopped}.{where}", file=sys.stderr)
+    stopped = f"; the other {num_others} were stopped" if num_others else ""
+    return f"error: {first.command.label} ended {ended}{stopped}.{where}"

@@ -93,7 +93,11 @@ def _with_paths(config: Config, cwd: Path) -> Config:
         run=replace(config.run, dir=absolute(config.run.dir)),
         data=data,
         tokenizer=replace(config.tokenizer, path=absolute(config.tokenizer.path)),
-        checkpoint=replace(config.checkpoint, resume=resume if resume in ("auto", "never") else absolute(resume)),
+        checkpoint=replace(
+            config.checkpoint,
+            resume=resume if resume in ("auto", "never") else absolute(resume),
+            init_from=absolute(config.checkpoint.init_from),
+        ),
     )
 
 

@@ -89,7 +89,11 @@ def already_finished(config: Config, typed: Sequence[str]) -> list[str]:
     said = f"already finished: {steps:,} steps, its {config.schedule.name} schedule ends there. Another run goes on:"
     resume = f"checkpoint.resume={short(run_dir)}"
     settings = [*_another(config, str(2 * steps)), resume, _length(config, 2)]
-    return [said, again(typed, *settings, without=[*OWN, *LENGTH, "checkpoint.resume"])]
+    without = [*OWN, *LENGTH, "checkpoint.resume"]
+    if config.checkpoint.init_from:  # its weights are in the checkpoint, its tokenizer may be in the run's folder
+        settings.append(f"tokenizer.path={short(Path(config.tokenizer.path))}")
+        without += ["checkpoint.init_from", "tokenizer.path"]
+    return [said, again(typed, *settings, without=without)]
 
 
 def generate_command(config: Config, checkpoint: Path) -> Command:
@@ -111,7 +115,7 @@ def next_steps(config: Config, checkpoint: Path | None, typed: Sequence[str]) ->
         text = [*_another(config, "my-text"), "data=text", "data.prepare.inputs=[FOLDER]"]
         made = [] if config.tokenizer.kind == "file" else ["tokenizer.path"]
         lines.append(again(typed, *text, without=[*OWN, "data", *made]))
-    if config.data.num_lanes % CLUSTER_RANKS == 0:
+    if config.data.num_lanes % CLUSTER_RANKS == 0 and not config.checkpoint.init_from:
         large = [*_another(config, "1b"), "+cluster=slurm", "model=gpt_1b", "dry_run=true"]
         lines.append(again([one for one in typed if _key(one).split(".")[0] in ABOUT_DATA], *large, without=OWN))
     return lines

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from bigtrain.config import epochs, locations
 from bigtrain.config.derive import derive, describe, num_steps, tokens_per_step, world_size
 from bigtrain.config.schema import Config
+from bigtrain.launching import init_from
 from bigtrain.launching.local import Command, rank_commands
 from bigtrain.launching.preflight import totals_of
 from bigtrain.launching.slurm_script import Batch, sbatch_script
@@ -28,6 +29,7 @@ def plan(config: Config, batch: Batch | None = None) -> str:
         f"run {config.run.name}: model {config.model.name}, {config.precision.dtype}, "
         f"ZeRO-{config.parallel.zero_stage}, on {config.cluster.device}",
         f"{'run folder':<20} {config.run.dir}",
+        *([f"{'weights from':<20} {config.checkpoint.init_from}"] if init_from.is_used(config) else []),
         *describe(derive(config, world_size(config))),
         *_epochs(config),
         "",

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from bigtrain import config as configs
+from bigtrain.checkpoint import folder as folders
 from bigtrain.config import keys, locations
 from bigtrain.config.check import Problem, get
+from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import FILE
+from bigtrain.config.same_run import difference
 from bigtrain.config.schema import Config
-from bigtrain.launching import machine
+from bigtrain.launching import init_from, machine
 from bigtrain.launching.slurm import SUBMISSION
 from bigtrain.launching.slurm_script import slurm_folder
 from bigtrain.launching.wandb_key import has_wandb_key
@@ -30,6 +33,8 @@ UNCHANGING = [
     "train.recompute",
     "train.stop_after",
     "cluster.",
+    "watchdog.",
+    "anomaly.",
     "tracker.",
     "checkpoint.",
     "eval.",
@@ -42,6 +47,7 @@ def preflight(config: Config, *, prepared: bool) -> list[Problem]:
     return [
         *_run_folder(config),
         *_resume(config),
+        *init_from.problems(config),
         *_login(config),
         *(_device(config) if config.cluster.kind == "local" else ()),
         *(_prepared_data(config) if prepared else _inputs(config)),
@@ -100,9 +106,21 @@ def _resume(config: Config) -> Iterator[Problem]:
     if own and (resume == "never" or is_older_own):
         message = f"the run's folder has checkpoints up to {own[-1].name}, which starting elsewhere would overwrite"
         yield Problem("checkpoint.resume", resume, message, "Choose another run.name, or move those away")
-    if resume not in ("auto", "never") and "://" not in resume and not Path(resume).is_dir():
-        message = "there is no such checkpoint"
+    if resume in ("auto", "never") or own or "://" in resume:
+        return
+    try:
+        state = folders.state_of(folders.resolve(Path(resume)))
+    except UserError as error:
+        message = str(error).removeprefix(f"checkpoint {resume}: ").rstrip(".")
         yield Problem("checkpoint.resume", resume, message, "Write auto, never or the folder of a checkpoint")
+        return
+    if state.get("weights_only"):
+        message = "it has weights only, and no place in the data"
+        yield Problem("checkpoint.resume", resume, message, "Set checkpoint.init_from instead")
+    elif found := difference(config, state.get("config", {})):
+        key, saved, wanted = found
+        message = f"it is of another run: {key} is {saved} there, {wanted} here"
+        yield Problem("checkpoint.resume", resume, message, f"Set {key}={saved}")
 
 
 def _login(config: Config) -> Iterator[Problem]:
@@ -192,6 +210,8 @@ def _names_tars(path: str) -> bool:
 
 def _missing_tokenizer(config: Config) -> Iterator[Problem]:
     path = config.tokenizer.path
+    if init_from.will_copy_tokenizer(config):
+        return
     if not locations.is_remote(path) and not Path(path).exists():
         fix = "Train one with tools/tokenizer.py train, or name another"
         yield Problem("tokenizer.path", path, "no such file", fix)

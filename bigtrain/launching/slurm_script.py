@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 from bigtrain.config.cluster import ClusterConfig
 from bigtrain.config.cluster_rules import asks_for_gpus, time_limit_minutes
 from bigtrain.config.schema import Config
+from bigtrain.config.status import COME_BACK
 from bigtrain.launching.code_copy import CODE
-from bigtrain.launching.environment import COME_BACK, Place, rank_environment
+from bigtrain.launching.environment import Place, rank_environment
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import FILE
 from bigtrain.config.schema import Config
 from bigtrain.config.sweep import Point
+from bigtrain.launching import init_from
 from bigtrain.launching.code_copy import CODE, copy_code, link_code, same_code
 from bigtrain.launching.outcome import already_finished, short
 from bigtrain.launching.slurm import QueuedJob
@@ -73,7 +74,7 @@ class Sweep:
 def _placed(config: Config, point: Point) -> SweptRun:
     run = config.run
     own = replace(run, name=f"{run.name}-{point.label}", dir=str(Path(run.dir) / point.label))
-    return SweptRun(replace(config, run=own), point.swept)
+    return SweptRun(init_from.settled(replace(config, run=own)), point.swept)
 
 
 def problems(sweep: Sweep) -> Iterator[Problem]:

@@ -16,22 +16,24 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+LASTING = ("crash", "hang")
+"""Events that stay when steps are computed again: they tell how an attempt ended, not what a step was."""
 _NON_FINITE = ("nan", "inf", "-inf")
 
 
 class MetricsFile:
     """Appends records to a metrics file. Every record is on its way to the disk when `append` returns."""
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
+    def __init__(self, path: Path, *, resume_step: int, see: Callable[[Mapping[str, Any]], None] | None = None) -> None:
         """Open `path`, new or as an earlier attempt left it. Lines of steps after `resume_step` are removed; 0 means
-        that the run starts afresh, and removes every line that names a step. A last line that a crash cut is removed,
-        and so is any line that is no JSON object."""
-        self.num_removed, self.num_unreadable = _rewind(path, resume_step) if path.exists() else (0, 0)
+        that the run starts afresh, and removes every line that names a step. LASTING events stay. A last line that a
+        crash cut is removed, and so is any line that is no JSON object. `see` is told each record that was there."""
+        self.num_removed, self.num_unreadable = _rewind(path, resume_step, see) if path.exists() else (0, 0)
         """Lines removed on opening: of steps to be computed again, and not readable."""
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
@@ -72,15 +74,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _rewind(path: Path, resume_step: int) -> tuple[int, int]:
+def _rewind(path: Path, resume_step: int, see: Callable[[Mapping[str, Any]], None] | None) -> tuple[int, int]:
     """Remove what `MetricsFile` says it removes. Returns the numbers of lines of later steps and of unreadable
     lines."""
     num_removed = num_unreadable = 0
     aside = path.with_name(path.name + ".tmp")
     with aside.open("wb") as out:
         for line, record in _lines(path):
+            if record is not None and see is not None:
+                see(record)
             if record is None:
                 num_unreadable += 1
+            elif record.get("name") in LASTING:
+                out.write(line)
             elif "step" in record and (resume_step == 0 or record["step"] > resume_step):
                 num_removed += 1
             else:

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.telemetry.console import Console
-from bigtrain.telemetry.metrics import METRICS_FILE, MetricsFile
+from bigtrain.telemetry.goodput import Account, Clock, Past, account
+from bigtrain.telemetry.metrics import METRICS_FILE, MetricsFile, read_metrics
 from bigtrain.telemetry.tracking import WandbTracker
 
 
@@ -45,16 +47,26 @@ class Recorder:
         resume_step: int,
         console: Console,
         is_writer: bool = True,
+        clock: Clock | None = None,
     ) -> None:
         """`resume_step`: optimizer steps that are done already, 0 in a new run. Lines of later steps, which an earlier
-        attempt wrote and this one computes again, leave metrics.jsonl, and an event says so."""
+        attempt wrote and this one computes again, leave metrics.jsonl, and an event says so. `clock`: of this attempt,
+        which is told each step; its account is recorded."""
         self._console = console
+        self._clock = clock
+        self.past = Past()
+        """What earlier attempts left; known on the writer."""
         self._metrics: MetricsFile | None = None
         self._tracker: WandbTracker | None = None
         if not is_writer:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics = MetricsFile(run_dir / METRICS_FILE, resume_step=resume_step)
+        self._path = run_dir / METRICS_FILE
+        self._metrics = MetricsFile(self._path, resume_step=resume_step, see=self.past.see)
+        self._computed_before(self.past.last_step)
+        if not self.past.is_noted:
+            self.event("goodput", **self.past.attempts[-1].to_event())
+        self._account()
         if config.tracker.kind == "wandb" and config.tracker.mode != "disabled":
             with console.phase(f"starting W&B ({config.tracker.mode})"):
                 self._tracker = WandbTracker(run_dir, config, warn=console.note)
@@ -92,6 +104,8 @@ class Recorder:
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
         }
+        if self._clock is not None:
+            self._clock.step_done(step)
         if self._write(record):
             self._console.train(record)
 
@@ -122,6 +136,22 @@ class Recorder:
         there is one. Goes to metrics.jsonl only."""
         self._write({"kind": "event", "name": name, **fields})
 
+    def go_back(self, step: int, windows: Iterable[Mapping[str, Any]]) -> None:
+        """The run goes on from `step`: lines of later steps leave metrics.jsonl, and an event `rewind` is there once
+        for each of the windows of data that lie ahead (bigtrain.data.passed_over)."""
+        if self._metrics is None:
+            return
+        self._metrics.close()
+        given_up = Past()
+        self._metrics = MetricsFile(self._path, resume_step=step, see=given_up.see)
+        self._computed_before(given_up.last_step)
+        events = [{"kind": "event", "name": "rewind", "step": window["to_step"], **window} for window in windows]
+        known = [record for record in read_metrics(self._path) if record.get("name") == "rewind"] if events else []
+        for event in events:
+            if event not in known:
+                self._write(event)
+        self._account()
+
     def saved(self, saves: Iterable[Save]) -> None:
         """Saves that have ended, durable or failed."""
         for save in saves:
@@ -136,14 +166,25 @@ class Recorder:
                 stall_s=round(save.stall_s, 3),
                 num_bytes=save.num_bytes,
             )
+            self._console.note(
+                f"checkpoint of step {save.step}: {save.num_bytes / 1e6:,.1f} MB in {save.seconds:.1f} s"
+            )
+            self._account()
 
     def bad_documents(self, step: int, reasons: Sequence[str]) -> None:
         """Why data rank 0 passed over documents before this step, one reason each; nothing is recorded of none."""
         if reasons:
             self.event("bad_documents", step=step, skipped=dict(Counter(reasons)))
 
-    def close(self, *, failed: bool = False) -> None:
-        """Finish all outputs. A second call does nothing."""
+    def account(self) -> Account | None:
+        """Where the time of the run went up to now, over all attempts; None where that is not known."""
+        if self._clock is None or self._metrics is None:
+            return None
+        return account([*self.past.attempts, self._clock.attempt()])
+
+    def close(self, *, failed: bool = False, ended: bool = True) -> None:
+        """Finish all outputs. A second call does nothing. `ended`: not by a crash."""
+        self._account(ended=ended)
         self._console.close()
         if self._tracker is not None:
             self._tracker.close(failed=failed)
@@ -157,7 +198,15 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close(failed=kind is not None)
+        self.close(failed=kind is not None, ended=kind is None or issubclass(kind, UserError))
+
+    def _account(self, *, ended: bool = False) -> None:
+        if self._clock is not None:
+            self.event("goodput", **self._clock.attempt(ended=ended).to_event())
+
+    def _computed_before(self, step: int) -> None:
+        if self._clock is not None:
+            self._clock.replay_to = max(self._clock.replay_to, step)
 
     def _write(self, record: Mapping[str, Any]) -> bool:
         """Append `record`; False where this rank is not the writer."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import html
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from bigtrain.telemetry.console import duration
+from bigtrain.telemetry.goodput import PARTS, Account
 from bigtrain.telemetry.run_facts import UNKNOWN, Run, facts_of, in_order, read_run
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ REPORT_FILE = "report.html"
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 _SYMBOLS = ("circle-open", "square-open", "diamond-open", "triangle-up-open", "star-open", "hexagon-open")
 """Of the evaluation sets of a run."""
+_PARTS = dict(zip(PARTS, ("#059669", "#0891b2", "#2563eb", "#d97706", "#9ca3af", "#dc2626", "#7f1d1d"), strict=True))
+"""Of the wall time, with their colours."""
 _MAX_POINTS = 4000
 """Of one curve; a longer one is thinned, keeping its extremes."""
 
@@ -33,6 +37,8 @@ _STYLE = """
   thead th { font-weight: 600; border-bottom: 2px solid #d1d5db; }
   tbody th { color: #6b7280; }
   .dot { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 50%; margin-right: 0.5em; }
+  .bar { display: flex; height: 1.2rem; border-radius: 4px; overflow: hidden; margin-bottom: 0.8rem; }
+  .goodput { margin: 0 0 0.2rem; }
   .empty { background: #fef3c7; border-radius: 6px; padding: 1rem; }
 """
 # Plotly's button that uploads the chart to its cloud is no part of a page that needs no network.
@@ -84,7 +90,7 @@ def _page(runs: list[Run], names: list[str]) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n<h1>{title}</h1>\n{_table(runs, names)}\n{body}\n</body>\n</html>\n"
+        f"<body>\n<h1>{title}</h1>\n{_table(runs, names)}\n{_goodput(runs, names)}{body}\n</body>\n</html>\n"
     )
 
 
@@ -186,6 +192,29 @@ def _table(runs: list[Run], names: list[str]) -> str:
         cells = "".join(f"<td>{html.escape(column.get(fact, UNKNOWN))}</td>" for column in columns)
         rows += f"<tr><th>{html.escape(fact)}</th>{cells}</tr>\n"
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>\n{rows}</tbody></table>"
+
+
+def _goodput(runs: list[Run], names: list[str]) -> str:
+    """A bar a run of where its time went, across its restarts."""
+    bars = ""
+    for run, name in zip(runs, names, strict=True):
+        if run.goodput is not None:
+            bars += f'<p class="goodput">{html.escape(name)}: {html.escape(run.goodput.told())}</p>\n'
+            bars += f'<div class="bar">{"".join(_pieces(run.goodput))}</div>\n'
+    legend = "".join(
+        f'<span class="dot" style="background:{colour}"></span>{part.replace("_", " ")} &emsp;'
+        for part, colour in _PARTS.items()
+    )
+    return f"{bars}<p>{legend}</p>\n" if bars else ""
+
+
+def _pieces(spent: Account) -> Iterator[str]:
+    for part, seconds in spent.parts.items():
+        if seconds > 0:
+            share = seconds / spent.wall_s
+            told = f"{part.replace('_', ' ')}: {duration(seconds)}, {share:.1%}"
+            style = f"width:{100 * share:.4f}%;background:{_PARTS[part]}"
+            yield f'<span title="{told}" style="{style}"></span>'
 
 
 def _distinct(names: list[str], fallbacks: list[str]) -> list[str]:

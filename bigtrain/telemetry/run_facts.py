@@ -9,6 +9,7 @@ from typing import Any
 
 from bigtrain.config import epochs
 from bigtrain.config.errors import UserError
+from bigtrain.telemetry.goodput import Account, account, attempts_in
 from bigtrain.telemetry.metrics import METRICS_FILE, read_metrics
 
 _LAST_STEPS = 10
@@ -29,6 +30,8 @@ class Run:
     """Of each evaluation set, by its name; that of the only one is empty."""
     epochs: dict[str, float]
     """How often each source was gone through by the end, by its folder; empty where no record says it."""
+    goodput: Account | None = None
+    """Where its time went; None where no record says it."""
 
 
 def read_run(run_dir: Path) -> Run:
@@ -45,6 +48,7 @@ def read_run(run_dir: Path) -> Run:
         config=config,
         train=[record for record in records if record.get("kind") == "train"],
         evals=_by_set(records),
+        goodput=account(attempts) if (attempts := attempts_in(records)) else None,
         epochs=next((record["epochs"] for record in reversed(records) if record.get("name") == "epochs"), {}),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,11 +12,15 @@ from bigtrain.data.loader import StepBatch
 from bigtrain.data.order import Cursor
 from bigtrain.engine.engine import Engine
 from bigtrain.optim.schedule import share_of_peak
+from bigtrain.telemetry.goodput import Clock
 from bigtrain.telemetry.recorder import Recorder
+from bigtrain.trainer.anomaly import Guard
 from bigtrain.trainer.evaluator import Evaluator
 from bigtrain.trainer.ledger_file import LedgerFile
+from bigtrain.trainer.pace import Pace
 from bigtrain.trainer.saver import Saver
 from bigtrain.trainer.stopping import StopSignal
+from bigtrain.trainer.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,28 @@ def fit(
     recorder: Recorder,
     ledger: LedgerFile,
     throughput: Throughput,
+    clock: Clock,
+    guard: Guard,
+    pace: Pace,
     stop: StopSignal,
+    watchdog: Watchdog,
 ) -> Position:
-    """Train from `start` to the last step, or to where `stop` is agreed on. Returns where it stopped, once the save of
-    that step has ended.
+    """Train from `start` to the last step, to where `stop` is agreed on, or to where `guard` gives up: then to in front
+    of the step that went wrong. Returns where it stopped, once all saves have ended.
 
     `evaluators`: of each evaluation set, by its name. `epochs`: how often each source was gone through in so many
     sequences (`Order.epochs`)."""
     position, last = start, last_step(config)
     if position.step >= last:
         return position
-    for batch, seconds in timed(batches):
+    clock.go_on_with("compute")
+    for batch, seconds in timed(clock.each("data_wait", watchdog.steps(batches, done=position.step))):
         loss = engine.forward_backward(batch.microbatches)
         lr = config.optim.lr * share_of_peak(position.step, num_steps(config.train), config.schedule)
-        grad_norm = engine.optimizer_step(lr)
+        loss_value = loss.mean.item()
+        grad_norm = engine.optimizer_step(lr, skip=guard.refuses(loss_value))
+        if guard.gives_up(position.step + 1, grad_norm, overflowed=engine.overflowed):
+            break
         position = position.after(batch)
         ledger.record(position.step, batch)
 
@@ -80,7 +91,7 @@ def fit(
         recorder.train(
             position.step,
             tokens=position.step * tokens_per_step(config.train),
-            loss=loss.mean.item(),
+            loss=loss_value,
             lr=lr,
             grad_norm=grad_norm,
             step_time_s=step_time_s,
@@ -88,8 +99,8 @@ def fit(
             mfu=throughput.mfu(tokens_per_second),
         )
         recorder.bad_documents(position.step, [skipped.reason for skipped in batch.skipped])
-        if not math.isfinite(grad_norm):
-            recorder.event("skipped", step=position.step, reason="the gradient norm is not finite")
+        if guard.skipped:
+            recorder.event("skipped", step=position.step, reason=guard.skipped)
         told, ending = stop.agreed(), position.step >= last
         losses: list[float] = []
         if told:  # nothing comes before the save: who stops us may not wait
@@ -98,11 +109,13 @@ def fit(
             recorder.saved(saver.wait())
         if ending or due(position.step, config.eval.interval):
             for name, evaluator in evaluators.items():
-                record = evaluator.evaluate(engine).as_record()
+                with clock.part("evaluation"), watchdog.phase("eval"):
+                    record = evaluator.evaluate(engine).as_record()
                 recorder.evaluation(position.step, set=name, **record)
                 losses.append(record["loss"])
             recorder.epochs(position.step, epochs(position.cursor.num_sequences))
-        if not told and (ending or due(position.step, config.checkpoint.interval)):
+        # while steps are skipped there is nothing new to save, and a rewind must go back behind them
+        if not told and (ending or (not guard.skips and pace.due(position.step))):
             ledger.sync()
             saver.save(engine, position.step, position.cursor, loss=losses[0] if losses else None)
         recorder.saved(saver.finished())

@@ -3,7 +3,7 @@ ranks on where they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ _NUM_FIELDS = len(astuple(Position()))
 
 def agreed(
     batches: Iterable[StepBatch], runtime: Runtime, allow: Callable[[Iterable[Skipped]], None]
-) -> Iterator[StepBatch]:
+) -> Generator[StepBatch]:
     """The batches, each once every rank has its own, and tensor and pipeline peers have the same. Collective.
 
     `allow` is told, on every rank, of the bad documents that any data rank passed over, and raises UserError where they

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bigtrain.config.derive import flops_per_token
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
-from bigtrain.data.ledger import Begin
+from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.distributed.start import Runtime, start, stop
 from bigtrain.engine.engine import Engine
+from bigtrain.engine.open_model import has_tokenizer, open_model
 from bigtrain.model.build import DTYPES
 from bigtrain.telemetry.console import Console
+from bigtrain.telemetry.goodput import Clock, process_start
 from bigtrain.telemetry.peak import device_peak
 from bigtrain.telemetry.recorder import Recorder
 from bigtrain.telemetry.report import write_report
-from bigtrain.trainer import peers
-from bigtrain.trainer.ledger_file import LedgerFile
-from bigtrain.trainer.loop import Position, Throughput, fit, last_step
+from bigtrain.trainer import rewind
+from bigtrain.trainer.anomaly import Guard
+from bigtrain.trainer.loop import Position, Throughput, last_step
 from bigtrain.trainer.run_data import RunData
 from bigtrain.trainer.saver import Saver, checkpoints_to_resume
 from bigtrain.trainer.stopping import StopSignal
 from bigtrain.trainer.summary import tells_of, write_summary
+from bigtrain.trainer.training import Training
+from bigtrain.trainer.watchdog import Watchdog
 
 
-def run(config: Config, run_dir: Path, console: Console) -> str | None:
+def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> str | None:
     """Train `config` in `run_dir` on this rank, from its newest checkpoint on. Collective; every rank calls it.
 
     Returns the name of the signal that stopped it before its last step, the same on every rank.
     Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
     begin = time.perf_counter()
+    clock = Clock(process_start())
     with console.phase("joining the ranks"):
         runtime = start(config)
     _check_world(config, runtime.topology.world)
@@ -45,71 +51,103 @@ def run(config: Config, run_dir: Path, console: Console) -> str | None:
         data = RunData.open(config, runtime.topology)
     with console.phase("building the model"):
         engine = Engine(config, runtime)
-    saver = Saver(config, run_dir, data.tokenizer.files)
-    position = Position(0, data.order.start())
+    guard = Guard(config.anomaly)
+    saver = Saver(config, run_dir, data.tokenizer.files, guard, clock, watchdog)
+    began_from = None
     if resume:
-        with console.phase(f"loading {resume[0]}"):
-            position = Position(*saver.load(engine, resume))
-            accept = config.data.on_change == "accept"
-            consumed = position.cursor.num_sequences
-            if data.order.go_on_from(position.cursor, accept_change=accept):
-                console.note(f"data.train: another mixture from sequence {consumed:,} on")
-            position = Position(position.step, data.order.cursor(consumed))
+        position = _go_on(config, resume, engine, saver, data, console)
+    else:
+        position = Position(0, data.order.start())
+        if config.checkpoint.init_from:
+            began_from = _start_from_weights(config, engine, saver, data.tokenizer, console)
     if config.parallel.zero_stage == 3:
         console.note(f"weights are gathered once a {'step' if engine.keeps_gathered else 'microbatch'}")
     console.note(f"{runtime.topology} on {runtime.device.type}, step {position.step} of {last_step(config)}")
     if position.step >= last_step(config) and tells_of(run_dir, position.step):
         console.note(f"already finished: {position.step:,} steps")
         return stop()
+    if told := saver.reserve(engine):
+        console.note(told)
     throughput = _throughput(config, runtime, console)
 
-    ledger = LedgerFile(run_dir, config, runtime.topology, Begin(position.step, position.cursor.num_sequences))
-    with (
-        closing(ledger),
-        Recorder(
-            run_dir,
-            config,
-            num_steps=last_step(config),
-            resume_step=position.step,
-            console=console,
-            is_writer=runtime.is_main,
-        ) as recorder,
-    ):
+    with Recorder(
+        run_dir,
+        config,
+        num_steps=last_step(config),
+        resume_step=position.step,
+        console=console,
+        is_writer=runtime.is_main,
+        clock=clock,
+    ) as recorder:
+        watchdog.on_hang = partial(recorder.close, failed=True, ended=False)
+        if began_from is not None:
+            recorder.event("init", step=0, **began_from)
         for passed_over in saver.fallbacks:
             recorder.event("fallback", step=position.step, damaged=str(passed_over.folder), reason=passed_over.reason)
             console.note(f"{passed_over.reason}. It is now {passed_over.folder}; step {position.step} goes on instead")
-        position = fit(
-            config,
-            position,
-            engine=engine,
-            batches=peers.agreed(data.batches(position.cursor), runtime, data.order.allow),
-            evaluators=data.evaluators(),
-            epochs=data.order.epochs,
-            saver=saver,
-            recorder=recorder,
-            ledger=ledger,
-            throughput=throughput,
-            stop=stop_signal,
-        )
+        run_of = Training(config, run_dir, runtime, data, engine, saver, guard, clock, watchdog, recorder, console)
+        try:
+            position = run_of.train(position, throughput=throughput, stop=stop_signal)
+        except UserError:  # of all ranks alike: nobody is missing from the save under way
+            recorder.saved(saver.wait())
+            raise
+        finally:
+            recorder.saved(saver.close())
         if name := stop_signal.received:
             recorder.event("stop", step=position.step, signal=name)
-            where = f"step {position.step} is saved in {saver.folder(position.step)}"
-            goes_on = "; the same command goes on from there" if position.step < last_step(config) else ""
             if saver.last is not None and not saver.last.error:
-                console.note(f"stopped by {name}: {where}{goes_on}")
+                goes_on = "; the same command goes on from there" if position.step < last_step(config) else ""
+                where = saver.folder(position.step)
+                console.note(f"stopped by {name}: step {position.step} is saved in {where}{goes_on}")
+        if spent := recorder.account():
+            console.note(spent.told())
     if runtime.is_main:
-        try:
-            write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=time.perf_counter() - begin)
-            with console.phase("writing report.html"):
-                write_report([run_dir])
-        except OSError as error:  # a full disk; what counts is in metrics.jsonl and in the checkpoints
-            console.note(
-                f"{run_dir}: no summary.json or report.html ({error.strerror}); tools/report.py writes the report"
-            )
+        _sum_up(run_dir, data, time.perf_counter() - begin, console)
     stop()
     if saver.last is not None and saver.last.error:
         raise UserError(f"{saver.last.error}. The same command goes on from the newest checkpoint in {saver.root}")
     return stop_signal.received if position.step < last_step(config) else None
+
+
+def _go_on(
+    config: Config, checkpoints: list[Path], engine: Engine, saver: Saver, data: RunData, console: Console
+) -> Position:
+    """Load the first of `checkpoints` that is whole. Collective."""
+    with console.phase(f"loading {checkpoints[0]}"):
+        position, is_changed = rewind.load(config, engine, saver, data.order, checkpoints)
+        if is_changed:
+            console.note(f"data.train: another mixture from sequence {position.cursor.num_sequences:,} on")
+        return position
+
+
+def _sum_up(run_dir: Path, data: RunData, wall_s: float, console: Console) -> None:
+    """summary.json and report.html. What counts is in metrics.jsonl and the checkpoints: a full disk is only said."""
+    try:
+        write_summary(run_dir, unigram_nats=data.unigram_nats(), wall_s=wall_s)
+        with console.phase("writing report.html"):
+            write_report([run_dir])
+    except OSError as error:
+        console.note(f"{run_dir}: no summary or report ({error.strerror}); tools/report.py writes the report")
+
+
+def _start_from_weights(
+    config: Config, engine: Engine, saver: Saver, tokenizer: Tokenizer, console: Console
+) -> dict[str, Any]:
+    """Fill the weights from checkpoint.init_from; returns where they came from. Collective. Raises UserError where they
+    are of another model or tokenizer."""
+    opened = open_model(config.checkpoint.init_from, tokenizer=tokenizer)
+    if not has_tokenizer(opened.folder):
+        console.note(f"warning: {opened.folder} has no tokenizer, so nothing tells that its ids are those of the data")
+    elif not tokenizer.means_the_same(opened.tokenizer):
+        raise UserError(
+            f"checkpoint.init_from={opened.folder}: its tokenizer ({opened.tokenizer.fingerprint[:16]}) is not the "
+            f"run's, {tokenizer.name} ({tokenizer.fingerprint[:16]}). Set tokenizer.path={opened.folder}, and shards "
+            "that it made."
+        )
+    with console.phase(f"loading the weights of {opened.folder}"):
+        saver.load_weights(engine, opened.read, origin=opened.origin)
+    console.note(f"weights from {opened.folder} (step {opened.step:,}); optimizer, schedule and data begin anew")
+    return opened.origin["init_from"]
 
 
 def _check_world(config: Config, world: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from bigtrain.data.held_out import HeldOut, held_out
 from bigtrain.data.loader import StepBatch, batches, evaluation_batches
 from bigtrain.data.microbatch import Microbatch
 from bigtrain.data.order import Cursor, Order, training_order
+from bigtrain.data.passed_over import Window
 from bigtrain.data.shards import Dataset, tokenizer_of
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.topology import Topology
@@ -42,8 +43,8 @@ class RunData:
                 sequences.check()
         return RunData(config, topology, order, valid, tokenizer)
 
-    def batches(self, start: Cursor) -> Iterator[StepBatch]:
-        """This data rank's share of every step from `start` on, without end."""
+    def batches(self, start: Cursor, passed_over: Sequence[Window] = ()) -> Iterator[StepBatch]:
+        """This data rank's share of every step from `start` on, without end, but what is `passed_over`."""
         train, data = self.config.train, self.config.data
         return batches(
             self.order,
@@ -53,6 +54,7 @@ class RunData:
             micro_batch_size=train.micro_batch_size,
             start=start,
             num_workers=data.num_workers,
+            passed_over=passed_over,
         )
 
     def evaluators(self) -> dict[str, Evaluator]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bigtrain.telemetry.goodput import account, attempts_in
 from bigtrain.telemetry.metrics import METRICS_FILE, read_metrics
 
 SUMMARY_FILE = "summary.json"
@@ -18,7 +19,7 @@ def write_summary(run_dir: Path, *, unigram_nats: Mapping[str, float], wall_s: f
 
     `unigram_nats`: of each evaluation set by its name. The one without a name stands in "eval" and "unigram_nats",
     those with one in "eval_sets". `wall_s`: seconds of this attempt, from when the ranks join to its end; start-up and
-    preparation are not in it."""
+    preparation are not in it. "goodput" has the whole run's time by what it went to (bigtrain.telemetry.goodput)."""
     records = read_metrics(run_dir / METRICS_FILE)
     train = _last(records, "train")
     summary = {
@@ -29,6 +30,8 @@ def write_summary(run_dir: Path, *, unigram_nats: Mapping[str, float], wall_s: f
         "unigram_nats": unigram_nats.get(""),
         "wall_s": round(wall_s, 3),
     }
+    if attempts := attempts_in(records):
+        summary["goodput"] = account(attempts).to_dict()
     names = [name for name in unigram_nats if name]
     if names:
         summary["eval_sets"] = {

@@ -122,6 +122,16 @@ def train(config: Config, num_steps: int) -> Trained:
     return Trained(losses, norms, initial, gradients)
 
 
+def take_steps(engine: Any, first: int, count: int) -> list[float]:
+    """On a rank: so many steps of the small batches from number `first` on, and their losses."""
+    losses = []
+    for step in range(first, first + count):
+        loss = engine.forward_backward(share_of(global_batch(step), engine.runtime.topology))
+        engine.optimizer_step(1e-3)
+        losses.append(loss.mean.item())
+    return losses
+
+
 def share_of(microbatches: list[Microbatch], topology: Any) -> list[Microbatch]:
     return microbatches[topology.data_rank :: topology.data]
 

@@ -26,11 +26,11 @@ def train_and_save(config: Config, root: Path, num_steps: int, more_steps: int) 
     from bigtrain.engine.engine import Engine
 
     engine = Engine(config, start(config))
-    _steps(engine, 0, num_steps)
+    small.take_steps(engine, 0, num_steps)
     fragments = state.fragments(engine)
     store.save(root, num_steps, fragments, {"format": folders.FORMAT, "step": num_steps})
     saved = {kind: small.pieces(fragments, kind) for kind in KINDS}
-    return saved, _steps(engine, num_steps, more_steps)
+    return saved, small.take_steps(engine, num_steps, more_steps)
 
 
 def load_and_train(config: Config, folder: Path, more_steps: int) -> tuple[Pieces, list[float]]:
@@ -45,16 +45,7 @@ def load_and_train(config: Config, folder: Path, more_steps: int) -> tuple[Piece
     state.after_load(engine, adam_step=step)
     engine.steps_taken = step
     loaded = {kind: small.pieces(state.fragments(engine), kind) for kind in KINDS}
-    return loaded, _steps(engine, step, more_steps)
-
-
-def _steps(engine: Any, start: int, num_steps: int) -> list[float]:
-    losses = []
-    for step in range(start, start + num_steps):
-        loss = engine.forward_backward(small.share_of(small.global_batch(step), engine.runtime.topology))
-        engine.optimizer_step(1e-3)
-        losses.append(loss.mean.item())
-    return losses
+    return loaded, small.take_steps(engine, step, more_steps)
 
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [

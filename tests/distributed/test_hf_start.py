@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ LAYOUTS: list[tuple[ModelConfig, int, dict[str, Any]]] = [
 
 def start_and_train(config: Config, folder: Path, num_steps: int) -> list[float]:
     """On a rank: the losses of a run that starts from the weights of a checkpoint."""
+    from bigtrain.checkpoint import store
     from bigtrain.distributed.start import start
     from bigtrain.engine.engine import Engine
     from bigtrain.trainer.saver import Saver
 
     runtime = start(config)
     engine = Engine(replace(config, run=replace(config.run, seed=99)), runtime)
-    Saver(config, folder, {}).load_weights(engine, folder / "step-00000000")
+    Saver(config, folder, {}).load_weights(engine, partial(store.load_weights, folder / "step-00000000"))
     losses: list[float] = []
     for step in range(num_steps):
         loss = engine.forward_backward(small.share_of(small.global_batch(step), runtime.topology))

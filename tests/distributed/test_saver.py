@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -36,54 +36,40 @@ def cursor_at(step: int) -> Any:
     return Cursor(small.GLOBAL_BATCH * step, "order", Mixture([Stage(0, {"data": Fraction(1)})], 8))
 
 
-def take_steps(engine: Any, first: int, count: int) -> list[float]:
-    losses = []
-    for step in range(first, first + count):
-        loss = engine.forward_backward(small.share_of(small.global_batch(step), engine.runtime.topology))
-        engine.optimizer_step(1e-3)
-        losses.append(loss.mean.item())
-    return losses
-
-
 def weights_of(engine: Any) -> small.Pieces:
     from bigtrain.engine import state
 
     return small.pieces(state.fragments(engine), "weight")
 
 
-def slow_save(store: Any, seconds: float) -> None:
-    """Every save takes this much longer from here on."""
-    save = store.save
-
-    def later(*arguments: Any, **options: Any) -> Any:
-        time.sleep(seconds)
-        return save(*arguments, **options)
-
-    store.save = later
-
-
-def save_and_go_on(config: Config, run_dir: Path) -> tuple[small.Pieces, list[Any], float, list[str]]:
-    """On a rank: the weights when the save was called, how saves ended, seconds that the first two calls took, and what
-    was there to be seen meanwhile."""
+def save_and_go_on(config: Config, run_dir: Path) -> tuple[small.Pieces, list[Any], list[str]]:
+    """On a rank: the weights when the save was called, how the saves ended, and what happened in which order. No save
+    is written before the steps behind the first are taken."""
     from bigtrain.checkpoint import folder, store
 
     engine, saver = started(config, run_dir)
-    take_steps(engine, 0, 2)
-    saved = weights_of(engine)
-    original = store.save
-    slow_save(store, 1.0)
+    small.take_steps(engine, 0, 2)
+    saved, log, may_write, save = weights_of(engine), [], threading.Event(), store.save
+
+    def held_up(root: Path, step: int, *arguments: Any, **options: Any) -> Any:
+        may_write.wait(60)
+        try:
+            return save(root, step, *arguments, **options)
+        finally:
+            log.append(f"{step} written")
+
+    store.save = held_up
     try:
         saver.save(engine, 2, cursor_at(2), loss=1.5)
-        seen = [f"{len(saver.finished())} finished", f"{len(folder.committed(saver.root))} committed"]
-        take_steps(engine, 2, 1)
-        begin = time.perf_counter()
+        log.append(f"2 called, {len(saver.finished())} finished, {len(folder.committed(saver.root))} committed")
+        small.take_steps(engine, 2, 1)
+        threading.Timer(0.5, may_write.set).start()
         saver.save(engine, 3, cursor_at(3))
-        waited = time.perf_counter() - begin
-        seen.append(f"{len(saver.finished())} finished")
-        ends = saver.wait()
+        log.append("3 called")
+        ends = saver.finished() + saver.wait()
     finally:
-        store.save = original
-    return saved, ends, waited, seen
+        store.save = save
+    return saved, ends, log
 
 
 def test_training_goes_on_while_a_save_is_written(pool: PoolFactory, tmp_path: Path) -> None:
@@ -93,11 +79,11 @@ def test_training_goes_on_while_a_save_is_written(pool: PoolFactory, tmp_path: P
     saved = small.assemble([pieces for pieces, *_ in ranks])
     written = store.load_full(tmp_path / "checkpoints" / "step-00000002")
     assert all(torch.equal(written[name], saved[name]) for name in saved), "the steps behind the save changed it"
-    for _, ends, waited, seen in ranks:
-        assert seen == ["0 finished", "0 committed", "1 finished"]
-        assert 0.3 < waited < 5, "the second save waits for the first"
-        assert [end.step for end in ends] == [3] and not ends[0].error
-        assert ends[0].seconds > 1.0 > ends[0].stall_s
+    for _, ends, log in ranks:
+        assert log[:2] == ["2 called, 0 finished, 0 committed", "2 written"], "the second save waits for the first"
+        assert sorted(log[2:]) == ["3 called", "3 written"]
+        assert [(end.step, end.error) for end in ends] == [(2, ""), (3, "")]
+        assert ends[0].stall_s < ends[0].seconds
     assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000003"
 
 
@@ -112,36 +98,69 @@ def test_without_async_a_save_is_durable_when_it_returns(pool: PoolFactory, tmp_
         assert end.seconds == end.stall_s > 0 and not end.error
 
 
-def fail_on_one_rank(config: Config, run_dir: Path, failing: int) -> list[str]:
-    """On a rank: how three saves ended, of which the second meets a full disk on rank `failing`."""
+def without_memory(config: Config, run_dir: Path, poor: int) -> tuple[str, bool]:
+    """On a rank: what is told where rank `poor` has no memory for a copy, and whether a save is durable at once."""
+    from bigtrain.trainer import saver as savers
+
+    engine, saver = started(config, run_dir)
+    free = savers.free_host_bytes
+    if engine.runtime.topology.rank == poor:
+        savers.free_host_bytes = lambda: 1000
+    try:
+        told = saver.reserve(engine)
+    finally:
+        savers.free_host_bytes = free
+    saver.save(engine, 1, cursor_at(1))
+    (end,) = saver.finished()
+    return told, end.stall_s == end.seconds and not end.error
+
+
+def test_where_one_rank_has_no_memory_for_a_copy_all_wait_for_their_saves(pool: PoolFactory, tmp_path: Path) -> None:
+    for told, is_durable in pool(2).run(without_memory, config(), tmp_path, 1):
+        assert "rank 1 would take 0.0 GB for it, 0.0 GB are free" in told
+        assert is_durable
+
+
+def fail_on_one_rank(config: Config, run_dir: Path, failing: int) -> tuple[list[str], list[int]]:
+    """On a rank: how three saves ended, of which the second meets a full disk on rank `failing`, and the steps whose
+    files this rank deleted."""
     import errno
 
+    from bigtrain.checkpoint import folder
     from bigtrain.checkpoint.direct_file import DirectFile
 
     engine, saver = started(config, run_dir)
-    write = DirectFile.write
+    write, drop, dropped = DirectFile.write, folder.drop_partial, []
+
+    def noted(root: Path, step: int) -> None:
+        dropped.append(step)
+        drop(root, step)
 
     def full(self: Any, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     saver.save(engine, 1, cursor_at(1))
     ends = saver.wait()
+    folder.drop_partial = noted
     if engine.runtime.topology.rank == failing:
         DirectFile.write = full  # type: ignore[method-assign]
     try:
         saver.save(engine, 2, cursor_at(2))
-        take_steps(engine, 0, 1)
+        small.take_steps(engine, 0, 1)
         ends += saver.wait()
     finally:
         DirectFile.write = write  # type: ignore[method-assign]
+        folder.drop_partial = drop
     saver.save(engine, 3, cursor_at(3))
-    return [end.error for end in ends + saver.wait()]
+    return [end.error for end in ends + saver.wait()], dropped
 
 
 def test_a_full_disk_of_one_rank_fails_the_save_of_all_and_the_next_succeeds(pool: PoolFactory, tmp_path: Path) -> None:
-    for first, second, third in pool(2).run(fail_on_one_rank, config(keep=9), tmp_path, 1):
+    ranks = pool(2).run(fail_on_one_rank, config(keep=9), tmp_path, 1)
+    for (first, second, third), _ in ranks:
         assert (first, third) == ("", "")
         assert second == "the checkpoint of step 2 was not saved: rank 1: No space left on device"
+    assert [dropped for _, dropped in ranks] == [[2], []], "who commits cleans up; another might delete what it commits"
     there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert there == ["latest", "step-00000001", "step-00000003"]
 
@@ -149,7 +168,7 @@ def test_a_full_disk_of_one_rank_fails_the_save_of_all_and_the_next_succeeds(poo
 def save_some(config: Config, run_dir: Path, steps: int) -> None:
     engine, saver = started(config, run_dir)
     for step in range(1, steps + 1):
-        take_steps(engine, step - 1, 1)
+        small.take_steps(engine, step - 1, 1)
         saver.save(engine, step, cursor_at(step))
         saver.wait()
 
@@ -160,7 +179,7 @@ def resume(config: Config, run_dir: Path) -> tuple[int, int, list[Any], list[flo
 
     engine, saver = started(replace(config, run=replace(config.run, seed=99)), run_dir)
     step, cursor = saver.load(engine, checkpoints_to_resume(config, run_dir))
-    return step, cursor.num_sequences, saver.fallbacks, take_steps(engine, step, 1)
+    return step, cursor.num_sequences, saver.fallbacks, small.take_steps(engine, step, 1)
 
 
 def damage(path: Path, *, cut: bool) -> None:
@@ -193,7 +212,8 @@ def test_a_damaged_newest_one_is_passed_over(pool: PoolFactory, tmp_path: Path, 
 
 def test_another_model_is_no_damage(pool: PoolFactory, tmp_path: Path) -> None:
     pool(2).run(save_some, config(keep=9), tmp_path, 2)
-    other = replace(config(), model=replace(small.LLAMA, ffn_hidden_size=96))
-    with pytest.raises(RankError, match=r"step-00000002: .*this model wants"):
-        pool(2).run(resume, other, tmp_path)
+    for change in ({"ffn_hidden_size": 96}, {"num_layers": 1}, {"rope_theta": 500.0}):  # the last two would fit
+        other = replace(config(), model=replace(small.LLAMA, **change))
+        with pytest.raises(RankError, match=f"step-00000002: it is of another run: model.{next(iter(change))} is "):
+            pool(2).run(resume, other, tmp_path)
     assert (tmp_path / "checkpoints" / "step-00000002").is_dir()

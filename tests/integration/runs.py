@@ -34,8 +34,8 @@ from bigtrain.config.schema import (
 STEPS, HALF, VOCABULARY = 24, 12, 512
 DEADLINE_S = 300.0
 LAUNCHER = (
-    "import sys; from bigtrain.config.frozen import load; from bigtrain.launching import local; "
-    "sys.exit(local.run(local.rank_commands(load(sys.argv[1]))))"
+    "import sys; from bigtrain.config.frozen import load; from bigtrain.launching import attempts; "
+    "sys.exit(attempts.train(load(sys.argv[1])))"
 )
 LAYOUTS: dict[str, tuple[dict[str, Any], str, float]] = {
     "zero3-tensor2": ({"zero_stage": 3, "tensor": 2}, "fp32", 0.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import signal
@@ -16,7 +17,8 @@ import pytest
 from bigtrain.config import frozen
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
-from bigtrain.launching.local import Command, run
+from bigtrain.config.status import HUNG
+from bigtrain.launching.local import Child, Command, run, watch
 from bigtrain.launching.lock import only_launch
 
 SLEEPER = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
@@ -76,6 +78,35 @@ def test_a_mistake_that_all_ranks_see_is_said_once(tmp_path: Path, capfd: pytest
     quick = "import sys; print('error: no', file=sys.stderr); sys.exit(2)"
     assert run([python(0, "import time; time.sleep(0.5); " + quick), python(1, quick, log=tmp_path / "log")]) == 2
     assert capfd.readouterr().err == "error: no\n"
+
+
+def test_the_cause_may_come_after_its_effect(tmp_path: Path) -> None:
+    """A rank that lost another one may end first."""
+
+    def is_effect(child: Child) -> bool:
+        return child.command.label == "rank 0"
+
+    commands = [python(0, "raise SystemExit(1)"), python(1, "import time; time.sleep(0.7); raise SystemExit(7)")]
+    ended = watch(commands, is_effect=is_effect)
+    assert (ended.status, [child.command.label for child in ended.failed]) == (7, ["rank 1", "rank 0"])
+    begin = time.monotonic()
+    ended = watch([commands[0], python(1, SLEEPER, tmp_path / "pid")], is_effect=is_effect, grace_s=1.0)
+    assert ended.status == 1 and time.monotonic() - begin < 20, "no cause is waited for for long"
+
+
+def test_the_others_have_time_to_end_by_themselves(tmp_path: Path) -> None:
+    closes = f"import time; time.sleep(1); open({str(tmp_path / 'closed')!r}, 'w').close()"
+    assert watch([python(0, closes), python(1, "raise SystemExit(1)")], linger_s=20).status == 1
+    assert (tmp_path / "closed").exists()
+
+
+def test_one_that_the_kernel_has_stopped_is_killed_at_once_after_a_hang(tmp_path: Path) -> None:
+    stopped = "import os, signal; open('stopped', 'w').close(); os.kill(os.getpid(), signal.SIGSTOP)"
+    hung = f"import os, time\nwhile not os.path.exists('stopped'): time.sleep(0.01)\nos._exit({HUNG})"
+    begin = time.monotonic()
+    with contextlib.chdir(tmp_path):
+        assert watch([python(0, stopped), python(1, hung)], grace_s=60).status == HUNG
+    assert time.monotonic() - begin < 30
 
 
 def test_death_by_signal_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

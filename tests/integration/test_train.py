@@ -26,6 +26,7 @@ from bigtrain.config.schema import (
     ParallelConfig,
     TrackerConfig,
 )
+from bigtrain.telemetry.goodput import PARTS
 from tests.integration.runs import (
     DEADLINE_S,
     HALF,
@@ -88,7 +89,7 @@ def test_metrics(whole: Path) -> None:
     assert train[-1]["loss"] < train[0]["loss"] - 0.5, "it learns"
     assert [set(record) for record in evaluations] == [{"kind", "step", "loss", "perplexity", "bits_per_byte"}] * 2
     assert [record["step"] for record in evaluations] == [HALF, STEPS]
-    events = [(record["name"], record["step"]) for record in records(whole, "event")]
+    events = [(record["name"], record["step"]) for record in records(whole, "event") if record["name"] != "goodput"]
     saved = [("checkpoint", 9), ("epochs", HALF), ("checkpoint", 18), ("epochs", STEPS), ("checkpoint", STEPS)]
     assert sorted(events) == sorted(saved), "a save is recorded once it is durable, which may be steps later"
     (source,) = frozen.load(whole).data.train
@@ -124,6 +125,13 @@ def test_summary(whole: Path) -> None:
     assert summary["train_loss"] == train["loss"]
     assert summary["eval"] == {key: evaluation[key] for key in ("loss", "perplexity", "bits_per_byte")}
     assert 3.0 < summary["unigram_nats"] < 7.0 and summary["wall_s"] > 0
+    goodput = summary["goodput"]
+    parts = [goodput[f"{part}_s"] for part in PARTS]
+    assert goodput["attempts"] == 1 and goodput["wall_s"] == pytest.approx(sum(parts), abs=0.01)
+    steps_s = sum(record["step_time_s"] for record in records(whole, "train"))
+    assert 0.9 * steps_s < goodput["compute_s"] + goodput["data_wait_s"] < 1.1 * steps_s + 1.0
+    assert goodput["start_up_s"] > 1 and goodput["evaluation_s"] > 0 and goodput["save_stall_s"] > 0
+    assert goodput["replay_s"] == goodput["lost_s"] == 0
 
 
 # stopping and going on
@@ -340,7 +348,8 @@ def test_a_checkpoint_of_another_model_is_one_error_line(whole: Path, data: Path
     attempt = run(config)
     assert attempt.status == 2
     errors = [line for line in attempt.output.splitlines() if "error" in line.lower()]
-    assert len(errors) == 1 and errors[0].startswith("error: checkpoint ") and "linear_fc1.weight" in errors[0]
+    assert len(errors) == 1 and errors[0].startswith("error: checkpoint ")
+    assert "model.ffn_hidden_size is 128 there, 160 here" in errors[0]
     assert "Traceback" not in attempt.output + "".join(attempt.ranks)
     assert not (tmp_path / "wider" / "metrics.jsonl").exists()
 

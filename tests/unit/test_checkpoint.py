@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -76,11 +77,12 @@ def test_a_disk_without_room_is_left_as_it_is(tmp_path: Path) -> None:
         (folders.Keep(1, best=1), {10, 30, 40}),
         (folders.Keep(1, best=2), {10, 30}),
         (folders.Keep(9), set()),
+        (folders.Keep(1, best=4), {30}),
         (folders.Keep(0), {10, 20, 30, 40}),
     ],
 )
 def test_what_is_superseded(keep: folders.Keep, gone: set[int]) -> None:
-    there = [(10, 2.5), (20, 1.4), (30, None), (40, 1.5), (50, None)]
+    there = [(10, 2.5), (20, 1.4), (30, math.nan), (40, 1.5), (50, None)]
     assert folders.superseded(there, keep) == gone
 
 

@@ -111,8 +111,10 @@ def test_what_accidents_do_is_seen() -> None:
     assert content_hash.of_rectangle(-minus, (0, 0)) != content_hash.of_rectangle(minus, (0, 0))
 
 
-def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_adds_up_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(100, 33)
     expected = content_hash.of_rectangle(tensor, (5, 7))
+    monkeypatch.setattr(content_hash, "_sum_on_host", content_hash._sum_on_device)
+    assert content_hash.of_rectangle(tensor, (5, 7)) == expected
     monkeypatch.setattr(content_hash, "_BLOCK_ELEMENTS", 50)
     assert content_hash.of_rectangle(tensor, (5, 7)) == expected

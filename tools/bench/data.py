@@ -212,7 +212,7 @@ def tokenise(folder: Path, seconds: float = 5.0) -> dict[str, float]:
     opened = TextTars.open(str(folder / "text"), Dataset.open(folder / "train").tokenizer)
     tars = Recording(opened._folder, opened.files, opened.tokenizer, name=opened.name, field="text")
     order = Order([Source(tars)], seed=1, num_lanes=64, sequence_length=data_formats.SEQUENCE_LENGTH)
-    sizes = {"data_rank": 0, "data_size": 1, "global_batch_size": 8, "micro_batch_size": 8}
+    sizes: Any = {"data_rank": 0, "data_size": 1, "global_batch_size": 8, "micro_batch_size": 8}
     steps, began = batches(order, start=order.start(), **sizes), time.process_time()
     while time.process_time() - began < seconds:
         next(steps)

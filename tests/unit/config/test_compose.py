@@ -42,7 +42,8 @@ def test_every_preset_composes_and_is_sound(group: str) -> None:
 
 @pytest.mark.parametrize("override", [f"+{group}={name}" for group in APPENDED_GROUPS for name in presets(group)])
 def test_every_cluster_and_experiment_is_sound(override: str) -> None:
-    config = compose([override])
+    named = {"+experiment=finetune": ["checkpoint.init_from=runs/x", "cluster.procs_per_node=4"]}
+    config = compose([override, *named.get(override, [])])
     assert check(config, world_size(config)) == []
 
 
@@ -88,6 +89,16 @@ def test_wrong_name_or_type_is_one_clear_line(override: str, says: str) -> None:
 
 def test_what_the_error_says_about_quoting_works() -> None:
     assert compose(['run.name="日本"', 'data.prepare.inputs=[a, "é b"]']).data.prepare.inputs == ["a", "é b"]
+
+
+def test_a_number_or_a_word() -> None:
+    assert [compose([f"checkpoint.interval={each}"]).checkpoint.interval for each in ("auto", "7", "1e2")] == [
+        "auto", 7, 100,
+    ]  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"^checkpoint\.interval=2\.5: checkpoint\.interval takes a whole number or auto\.$"
+    ):
+        compose(["checkpoint.interval=2.5"])
 
 
 def test_whole_numbers_may_be_written_as_1e3() -> None:

@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_the_global_batch_is_the_same_for_every_layout(
 def test_going_on_from_a_cursor_is_going_on(order: Order, num_workers: int) -> None:
     through = steps(order, 9, num_workers=num_workers)
     cursor = Cursor.from_dict(through[3].cursor.to_dict())
-    options = {"global_batch_size": G, "micro_batch_size": 2, "num_workers": num_workers}
+    options: Any = {"global_batch_size": G, "micro_batch_size": 2, "num_workers": num_workers}
     resumed = list(itertools.islice(batches(order, data_rank=0, data_size=1, start=cursor, **options), 5))
     assert [rows(step.microbatches) for step in resumed] == [rows(step.microbatches) for step in through[4:]]
     assert [step.cursor for step in resumed] == [step.cursor for step in through[4:]]
@@ -221,7 +222,7 @@ def test_threads_read_ahead_a_bounded_number_of_steps_and_end(order: Order) -> N
         ({"data_size": 32, "global_batch_size": 64}, "num_lanes 16 is not a multiple of the data-parallel size 32"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_at_once(order: Order, sizes: dict[str, int], words: str) -> None:
+def test_sizes_that_do_not_divide_are_refused_at_once(order: Order, sizes: dict[str, Any], words: str) -> None:
     sizes = {"global_batch_size": G, "micro_batch_size": 2, **sizes}
     with pytest.raises(UserError, match=words):
         batches(order, data_rank=0, start=order.start(), **sizes)

@@ -107,7 +107,8 @@ def test_why_documents_are_dropped_is_said(config: Config, tmp_path: Path) -> No
         run(with_prepare(config, inputs=[str(tmp_path / "bad")]))
     assert str(caught.value).replace(str(tmp_path), "") == (
         "no document is left. Dropped: 1 empty (such as /bad/c.txt), 3 no field 'text' (such as /bad/a.jsonl:1), 1 not "
-        "UTF-8 (such as /bad/b.txt); data.prepare.json_field (--field) names the key that holds the text"
+        "UTF-8 (such as /bad/b.txt); data.prepare.json_field (--field) names the key that holds the text, "
+        "prompt_field that of a prompt"
     )
 
 

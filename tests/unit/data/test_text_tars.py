@@ -23,8 +23,9 @@ from bigtrain.config.schema import DataConfig, SourceConfig
 from bigtrain.data import encoding, ledger, text_lanes, text_tars
 from bigtrain.data.audit import audit
 from bigtrain.data.faults import BadDocument, Faults
-from bigtrain.data.loader import batches
+from bigtrain.data.loader import StepBatch, batches
 from bigtrain.data.order import Cursor, Order, Source, training_order
+from bigtrain.data.passed_over import Window
 from bigtrain.data.shards import Dataset
 from bigtrain.data.tar_scan import Sample, scan
 from bigtrain.data.text_lanes import Position, TextLanes
@@ -384,6 +385,37 @@ def test_the_audit_of_raw_text(folder: Path, tokenizer: Tokenizer) -> None:
     assert any("is not whole in epoch 0" in problem for problem in problems)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_going_back_and_past_a_window(folder: Path, tokenizer: Tokenizer, workers: int) -> None:
+    """As a run does whose numbers went wrong: the same order goes on from an earlier cursor, and passes over what it
+    had read. Against a loader that reads all."""
+
+    def opened() -> Order:
+        return order_of(TextTars.open(str(folder), tokenizer))
+
+    def loaded(order: Order, start: Cursor, count: int, windows: list[Window], workers: int) -> list[StepBatch]:
+        loader = batches(
+            order, data_rank=0, data_size=1, global_batch_size=4, micro_batch_size=2, start=start,
+            num_workers=workers, passed_over=windows,
+        )  # fmt: skip
+        found = list(itertools.islice(loader, count))
+        loader.close()  # type: ignore[attr-defined]
+        return found
+
+    whole = opened()
+    every = loaded(whole, whole.start(), 30, [], 0)
+    order = opened()
+    saved = loaded(order, order.start(), 10, [], workers)[3].cursor
+    window = Window(16, 40, from_step=10, to_step=4, reason="a spike")
+    order.go_on_from(saved)
+    found = loaded(order, order.cursor(saved.num_sequences), 12, [window], workers)
+    assert [batch.digest for batch in found] == [batch.digest for batch in every[10:22]]
+    again = opened()
+    again.go_on_from(Cursor.from_dict(json.loads(json.dumps(found[4].cursor.to_dict()))))
+    later = loaded(again, again.cursor(found[4].cursor.num_sequences), 7, [window], workers)
+    assert [batch.digest for batch in later] == [batch.digest for batch in found[5:]]
+
+
 def test_the_tool_reads_what_others_wrote(folder: Path, tokenizer: Tokenizer) -> None:
     tool = load_tool("batches")
     order = order_of(TextTars.open(str(folder), tokenizer))
@@ -440,7 +472,7 @@ def test_the_documents_of_all_lanes_are_kept(tars: TextTars, monkeypatch: pytest
     lanes, counted = lanes_of(tars, 8), Counter[int]()
     really = tars._tokenize
 
-    def counting(document: int) -> np.ndarray:
+    def counting(document: int) -> tuple[np.ndarray, int]:
         counted[document] += 1
         return really(document)
 

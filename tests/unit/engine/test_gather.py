@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 from bigtrain.config.derive import count_parameters, parameter_count, parameters_of_stages
 from bigtrain.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
 from bigtrain.engine import gather
-from bigtrain.engine.gather import SHARE_OF_FREE_MEMORY, free_bytes, keep_gathered
+from bigtrain.engine.gather import SHARE_OF_FREE_MEMORY, keep_gathered
 from bigtrain.topology import Topology
 
 MODEL = ModelConfig()
@@ -77,24 +75,3 @@ def test_one_rank_with_little_memory_decides_for_all(monkeypatch: pytest.MonkeyP
 def test_what_the_user_says_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide(monkeypatch, 0, gather="step")
     assert not decide(monkeypatch, 1e18, gather="microbatch")
-
-
-def test_ranks_share_a_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert free_bytes(CPU) == 1000
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert free_bytes(CPU) == 250
-
-
-def test_a_memory_limit_of_the_job_counts(tmp_path: Path) -> None:
-    """The tightest of the groups that the process is in."""
-    own, job = tmp_path / "cgroup", tmp_path / "fs" / "slurm" / "job"
-    own.write_text("1:name=systemd:/elsewhere\n0::/slurm/job\n")
-    job.mkdir(parents=True)
-    assert gather._left_in_cgroup(own, tmp_path / "fs") > 1 << 60
-    assert gather._left_in_cgroup(tmp_path / "none", tmp_path / "fs") > 1 << 60
-    for folder, most in ((job, "max"), (job.parent, "5000"), (tmp_path / "fs", "9000")):
-        (folder / "memory.max").write_text(f"{most}\n")
-        (folder / "memory.current").write_text("1000\n")
-    assert gather._left_in_cgroup(own, tmp_path / "fs") == 4000

@@ -186,6 +186,16 @@ def test_another_schedule_goes_on_as_another_run(tmp_path: Path) -> None:
     assert config.run.name != "mine" and config.run.dir != str(tmp_path)
 
 
+def test_a_fine_tune_goes_on_from_its_own_weights(tmp_path: Path) -> None:
+    """With the tokenizer of the weights that it began with, which may be gone."""
+    typed = ["+experiment=finetune", f"checkpoint.init_from={tmp_path / 'x'}", f"tokenizer.path={tmp_path / 't'}"]
+    said, command = finished(tmp_path, 12, *typed)
+    assert said.startswith("already finished: 12 steps")
+    config = run_of(*settings_of(command))
+    assert (config.checkpoint.resume, config.checkpoint.init_from) == (str(tmp_path), "")
+    assert config.tokenizer.path == str(tmp_path / "t") and config.data.prepare.prompt_field == "prompt"
+
+
 def test_a_run_that_was_to_stop_goes_on_without_that(tmp_path: Path) -> None:
     said, command = finished(tmp_path, 5, "train.stop_after=5")
     assert "step 5 of 12" in said

@@ -33,6 +33,11 @@ def test_epochs_of_every_source_and_a_warning_above_four(tmp_path: Path) -> None
     assert lines.index(warning) == lines.index(epochs) + 1
 
 
+def test_where_the_weights_come_from(tmp_path: Path) -> None:
+    lines = planned(tmp_path, "[{path: a}]", "checkpoint.init_from=x")
+    assert f"weights from         {tmp_path / 'x'}" in lines
+
+
 def test_a_weight_that_begins_later(tmp_path: Path) -> None:
     shards(tmp_path / "a", 100_000)
     shards(tmp_path / "b", 100_000)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bigtrain import config as configs
+from bigtrain.checkpoint import folder as folders
 from bigtrain.config.schema import (
     CacheConfig,
     ClusterConfig,
@@ -127,7 +128,28 @@ def test_no_compiler_is_needed(config: Config, monkeypatch: pytest.MonkeyPatch, 
 
 def test_no_such_checkpoint_to_resume_from(config: Config) -> None:
     (text,) = texts(changed(config, "checkpoint", resume="/nowhere"))
-    assert "checkpoint.resume=/nowhere" in text
+    assert "checkpoint.resume=/nowhere" in text and "no such folder" in text
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"config": {}}, ""),
+        ({"config": {"model": {"num_layers": 6, "name": "other"}}}, ""),
+        ({"config": {"model": {"num_layers": 8}}}, "model.num_layers is 8 there, 6 here. Set model.num_layers=8"),
+        ({"config": {"model": {"rope_theta": 5e5}}}, "model.rope_theta is 500000.0 there, 10000.0 here"),
+        ({"config": {"optim": {"name": "sgd"}}}, "optim.name is sgd there, adamw here"),
+        ({"weights_only": True}, "weights only, and no place in the data. Set checkpoint.init_from instead"),
+    ],
+)
+def test_a_checkpoint_of_another_run_to_resume_from(
+    config: Config, tmp_path: Path, state: dict[str, Any], words: str
+) -> None:
+    """Its tensors may fit; what they compute would be something else."""
+    folders.prepare(tmp_path, 5, 0)
+    made = folders.commit(tmp_path, 5, {"format": folders.FORMAT, "step": 5, **state})
+    found = texts(changed(config, "checkpoint", resume=str(made)))
+    assert len(found) == bool(words) and all(words in text for text in found)
 
 
 def test_online_tracking_without_a_key(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_script_asks_for_what_the_config_says() -> None:
         "procs_per_node",
         "device",
         "requeue",
+        "max_restarts",
+        "mtbf_h",
         "container_python",
     }, "each key of a site is above"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,24 @@ from typing import Any
 import pytest
 import torch
 
-from bigtrain.config.schema import CheckpointConfig, Config, EvalConfig, OptimConfig, ScheduleConfig, TrainConfig
+from bigtrain.config.schema import (
+    AnomalyConfig,
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from bigtrain.data.loader import StepBatch
 from bigtrain.data.mixture import Mixture, Stage
 from bigtrain.data.order import Cursor
 from bigtrain.engine.engine import LossSum
+from bigtrain.telemetry.goodput import Clock
+from bigtrain.trainer.anomaly import Guard
 from bigtrain.trainer.loop import Position, Throughput, due, fit, last_step, timed
+from bigtrain.trainer.pace import Pace
+from bigtrain.trainer.watchdog import Watchdog
 
 MIXTURE = Mixture([Stage(0, {"data": Fraction(1)})], 8)
 CONFIG = Config(
@@ -38,15 +51,18 @@ class Log:
     losses: list[float | None] = field(default_factory=list)
     under_way: list[str] = field(default_factory=list)
     durable: list[str] = field(default_factory=list)
+    nan_at: tuple[int, ...] = ()
     runtime: Any = None
+    overflowed: bool = False
 
     def forward_backward(self, microbatches: Any) -> LossSum:
         self.done.append(("forward", *microbatches))
-        return LossSum(torch.tensor(6.0), torch.tensor(4))
+        is_nan = microbatches[0] in [f"batch {step}" for step in self.nan_at]
+        return LossSum(torch.tensor(math.nan if is_nan else 6.0), torch.tensor(4))
 
-    def optimizer_step(self, lr: float) -> float:
-        self.done.append(("step", lr))
-        return 0.5
+    def optimizer_step(self, lr: float, *, skip: bool = False) -> float:
+        self.done.append(("skip" if skip else "step", lr))
+        return math.nan if skip else 0.5
 
     def evaluate(self, engine: Any) -> Any:
         return SimpleNamespace(as_record=lambda: {"loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0})
@@ -80,7 +96,7 @@ class Log:
         pass
 
     def event(self, name: str, **fields: Any) -> None:
-        pass
+        self.done.append((name, fields["step"], fields["reason"]))
 
     def agreed(self) -> bool:
         return self.stop_at is not None and self.steps("train")[-1] >= self.stop_at
@@ -107,10 +123,20 @@ class Ledger:
         pass
 
 
+def pace_of(config: Config, step: int) -> Pace:
+    return Pace(config, step, cost=lambda: None, mtbf_s=None, from_rank_0=lambda number: number, say=print)
+
+
 def run(
-    config: Config, *, start: int = 0, stop_at: int | None = None, sets: tuple[str, ...] = ("",)
+    config: Config,
+    *,
+    start: int = 0,
+    stop_at: int | None = None,
+    sets: tuple[str, ...] = ("",),
+    nan_at: tuple[int, ...] = (),
+    guard: Guard | None = None,
 ) -> tuple[Log, Position]:
-    log: Any = Log(stop_at=stop_at)
+    log: Any = Log(stop_at=stop_at, nan_at=nan_at)
     position = fit(
         config,
         Position(start, Cursor(4 * start, "order", MIXTURE)),
@@ -122,7 +148,11 @@ def run(
         recorder=log,
         ledger=Ledger(log),  # type: ignore[arg-type]
         throughput=Throughput(flops_per_token=10.0, peak_flops_per_second=None),
+        guard=guard or Guard(config.anomaly),
+        clock=Clock(time.time()),
+        pace=pace_of(config, start),
         stop=log,
+        watchdog=Watchdog(),
     )
     return log, position
 
@@ -221,6 +251,38 @@ def test_epochs_are_those_of_the_sequences_that_were_consumed() -> None:
     assert [entry[1:] for entry in log.done if entry[0] == "epochs"] == [
         (step, {"folder": 4 * step / 16}) for step in (4, 8, 10)
     ]
+
+
+def test_a_refused_step_counts_and_says_why() -> None:
+    log, position = run(CONFIG, nan_at=(5,))
+    assert position == Position(10, Cursor(40, "order", MIXTURE))
+    assert log.steps("train") == list(range(1, 11)), "its data are consumed"
+    assert [entry[0] for entry in log.done if entry[0] in ("step", "skip")] == ["step"] * 4 + ["skip"] + ["step"] * 5
+    assert [entry for entry in log.done if entry[0] == "skipped"] == [("skipped", 5, "the loss is nan")]
+
+
+def test_nothing_is_saved_while_steps_are_skipped() -> None:
+    log, _ = run(CONFIG, nan_at=(3, 4, 5, 6, 10))
+    assert log.steps("save") == [9, 10], "but the end is"
+
+
+@pytest.mark.parametrize(
+    ("anomaly", "nan_at", "step", "action"),
+    [
+        (AnomalyConfig(non_finite="stop"), (5,), 5, "stop"),
+        (AnomalyConfig(non_finite="rewind"), (1,), 1, "rewind"),
+        (AnomalyConfig(max_skips=2), (4, 6, 7, 8), 7, "rewind"),
+    ],
+)
+def test_where_the_guard_gives_up_the_step_is_not_done(
+    anomaly: AnomalyConfig, nan_at: tuple[int, ...], step: int, action: str
+) -> None:
+    guard = Guard(anomaly)
+    log, position = run(replace(CONFIG, anomaly=anomaly), nan_at=nan_at, guard=guard)
+    assert position == Position(step - 1, Cursor(4 * (step - 1), "order", MIXTURE))
+    assert log.steps("train") == log.steps("ledger") == list(range(1, step))
+    assert guard.trouble is not None and (guard.trouble.step, guard.trouble.action) == (step, action)
+    assert log.under_way == [], "what was being saved is durable"
 
 
 def test_due() -> None:

@@ -1,0 +1,128 @@
+"""Why a run failed: what the ranks left behind (`bigtrain.telemetry.failures`), and how their processes ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config.status import USER_ERROR
+from bigtrain.launching.restarts import Failure
+from bigtrain.telemetry import failures
+from bigtrain.telemetry.metrics import METRICS_FILE
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """How the process of a rank ended."""
+
+    rank: int
+    returncode: int
+    """As subprocess has it: minus n for signal n."""
+
+    @property
+    def status(self) -> int:
+        return self.returncode if self.returncode >= 0 else 128 - self.returncode
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was there when an attempt began."""
+
+    metrics: tuple[int, int]
+    """Size and time of metrics.jsonl."""
+    oom_kills: int
+
+    @staticmethod
+    def of(run_dir: Path) -> Before:
+        return Before(_stamp(run_dir / METRICS_FILE), oom_kills())
+
+
+def is_effect(run_dir: Path, end: RankEnd, start: str) -> bool:
+    """Whether a rank only fell because another did: it says so itself."""
+    crash = failures.read_json(failures.crash_file(run_dir, end.rank), start)
+    return end.returncode > 0 and crash is not None and bool(crash["lost_peer"])
+
+
+def find(run_dir: Path, ends: Sequence[RankEnd], start: str, before: Before) -> Failure:
+    """Why an attempt failed. `ends`: of the ranks that failed by themselves, the likeliest cause in front; `start`: of
+    the attempt, `failures.start_of` of a rank's environment."""
+    first = ends[0]
+    step, has_stepped = _progress(run_dir, before)
+    verdict = failures.read_json(failures.hang_file(run_dir, "verdict.json"), start)
+    if verdict is not None:
+        sign = f"hang in {verdict['phase']}"
+        return Failure("hang", verdict["verdict"], sign, first.status, None, verdict["step"], has_stepped)
+    crash = failures.read_json(failures.crash_file(run_dir, first.rank), start)
+    if first.status == USER_ERROR:
+        return Failure("user", f"rank {first.rank} says why", "", USER_ERROR, first.rank, step, has_stepped)
+    if first.returncode < 0:
+        name = signal.Signals(-first.returncode).name
+        cause = f"rank {first.rank} was killed by {name}" + _memory(name, oom_kills() - before.oom_kills)
+        return Failure("crash", cause, name, first.status, first.rank, step + 1, has_stepped)
+    if crash is not None:
+        cause, step = failures.named(crash), crash["step"]
+        return Failure("crash", cause, crash["error"], first.status, first.rank, step, has_stepped)
+    sign = f"status {first.status}"
+    return Failure("crash", f"rank {first.rank} ended with {sign}", sign, first.status, first.rank, step, has_stepped)
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has killed for want of memory: in this process's control group, else on the machine."""
+    groups = _text(Path("/proc/self/cgroup")).splitlines()
+    own = next((line.partition("::")[2] for line in groups if line.startswith("0::")), "/")
+    places = (
+        Path("/sys/fs/cgroup" + own) / "memory.events",
+        Path("/sys/fs/cgroup/memory.events"),
+        Path("/proc/vmstat"),
+    )
+    for place in places:
+        for line in _text(place).splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return 0
+
+
+def _memory(name: str, kills: int) -> str:
+    if name != "SIGKILL":
+        return ""
+    return (
+        f" (out of memory: the kernel's oom_kill went up by {kills})"
+        if kills
+        else " (not for want of memory: the kernel's oom_kill did not change)"
+    )
+
+
+def _progress(run_dir: Path, before: Before) -> tuple[int, bool]:
+    """The last step in metrics.jsonl, and whether this attempt has done one: the events of its own start come first."""
+    path = run_dir / METRICS_FILE
+    step, has_stepped = 0, False
+    for line in _text(path).splitlines():
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except ValueError:  # cut off by the death of its writer
+            continue
+        if record.get("kind") == "train":
+            step, has_stepped = record["step"], True
+        elif record.get("name") in ("resume", "restart"):
+            step, has_stepped = record["step"], False
+    return step, has_stepped and _stamp(path) != before.metrics
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,169 @@
+"""How the watchdogs of all ranks agree that the run hangs, and on why: by files in RUN/logs/hang.
+
+The first to see a limit passed leaves an alarm; every rank answers with its stacks; after a while one of them makes the
+verdict, and the others wait for that, since a launcher may end all ranks when the first ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from bigtrain.telemetry import failures
+from bigtrain.trainer.stacks import short
+from bigtrain.trainer.verdict import verdict, where
+
+ANSWER_S = 8.0
+"""So long may a rank take to say where it is."""
+VERDICT_S = 6.0
+"""So long may the one that makes the verdict take then."""
+_POLL_S = 0.1
+_STATES = {
+    "T": "stopped",
+    "t": "stopped by a debugger",
+    "D": "waits for a disk",
+    "Z": "has ended",
+    "S": "sleeps",
+    "R": "runs",
+}
+
+
+def alarm_of(start: str) -> str:
+    return f"alarm-{start}.json"
+
+
+def claim_of(start: str) -> str:
+    return f"verdict-{start}.claim"
+
+
+class Hang:
+    """One rank's part in it."""
+
+    def __init__(self, run_dir: Path, *, rank: int, world: int, begun: float, host: str) -> None:
+        """`begun`: when this rank began, of time.time(); an alarm from before is of an earlier start."""
+        self._run_dir, self._rank, self._world, self._begun, self._host = run_dir, rank, world, begun, host
+        self._start = failures.start_of()
+
+    @property
+    def text_file(self) -> Path:
+        return self._file(f"rank-{self._rank}.txt")
+
+    def begin(self) -> None:
+        """Remove what an earlier start of the same name has left."""
+        for stale in (f"rank-{self._rank}.json", alarm_of(self._start), claim_of(self._start), "verdict.json"):
+            self._file(stale).unlink(missing_ok=True)
+        self._file("").mkdir(parents=True, exist_ok=True)
+
+    def raise_alarm(self, phase: str, *, step: int, seconds: float, limit_s: float) -> dict[str, Any]:
+        """Tell all ranks. Returns what they are told. Where the disk takes nothing each has only its own limits."""
+        found = {"rank": self._rank, "phase": phase, "step": step, "seconds": seconds, "limit_s": limit_s}
+        with contextlib.suppress(OSError):
+            failures.write_json(self._file(self._alarm), {"start": self._start, "time": time.time(), **found})
+        return found
+
+    def alarm(self) -> dict[str, Any] | None:
+        """What a rank has told."""
+        found = failures.read_json(self._file(self._alarm), self._start)
+        return found if found is not None and found["time"] > self._begun - 60 else None
+
+    def answer(self, place: dict[str, Any], threads: list[dict[str, Any]]) -> None:
+        """Say where this rank is."""
+        lines = [f"rank {self._rank}, {self._host}, process {os.getpid()}: {place['phase']}, step {place['step']}"]
+        for each in threads:
+            lines += ["", f"thread {each['name']}" + (" (of the phase)" if each["ident"] == place["thread"] else "")]
+            lines += [f"  {file}:{line} ({function})" for file, line, function in each["frames"]]
+            lines += [f"  last collective: {each['collective']}"] if each["collective"] else []
+        record = {"rank": self._rank, "host": self._host, "pid": os.getpid(), **place, "threads": threads}
+        with contextlib.suppress(OSError):
+            failures.write_json(
+                self._file(f"rank-{self._rank}.json"), {"start": self._start, "time": time.time(), **record}
+            )
+            self.text_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def conclude(self, alarm: dict[str, Any]) -> None:
+        """Return when the verdict is there, made by this rank if no other one is at it."""
+        deadline = time.monotonic() + ANSWER_S
+        reports: dict[int, dict[str, Any]] = {}
+        while len(reports) < self._world and time.monotonic() < deadline and not self._is_concluded():
+            for rank in set(range(self._world)) - reports.keys():
+                found = failures.read_json(self._file(f"rank-{rank}.json"), self._start)
+                if found is not None:
+                    reports[rank] = found
+            time.sleep(_POLL_S)
+        if not self._is_first():
+            deadline = time.monotonic() + VERDICT_S
+            while not self._is_concluded() and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+        if not self._is_concluded():
+            self._conclude(alarm, reports)
+
+    def _is_first(self) -> bool:
+        try:
+            os.close(os.open(self._file(claim_of(self._start)), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        except OSError:  # a full disk, say: better twice than never
+            return True
+        return True
+
+    def _conclude(self, alarm: dict[str, Any], reports: dict[int, dict[str, Any]]) -> None:
+        silent = {rank: self._silence(rank) for rank in range(self._world) if rank not in reports}
+        text = verdict(alarm, reports, silent)
+        found = {key: alarm[key] for key in ("phase", "step", "seconds", "limit_s")}
+        with contextlib.suppress(OSError):
+            failures.append_event(self._run_dir, "hang", **found, verdict=text)
+        if not os.environ.get(failures.SPOKEN_FOR):  # not through sys.stderr, whose lock a stuck thread may hold
+            os.write(2, f"hang: {text}. All stacks: {self._file('')}\n".encode())
+        with contextlib.suppress(OSError):
+            failures.write_json(self._file("verdict.json"), {"start": self._start, **found, "verdict": text})
+
+    def _silence(self, rank: int) -> str:
+        """Why a rank does not answer, as far as it can be seen from here."""
+        place = failures.read_json(failures.place_file(self._run_dir, rank), self._start)
+        if place is None:
+            return "has never started"
+        if place["host"] != self._host:
+            return f"does not answer (on {place['host']})"
+        state = state_of(place["pid"])
+        if state == "Z":
+            return "has ended"
+        kept = where_it_is_kept(self._file(f"rank-{rank}.txt")) if state not in ("T", "t") else ""
+        if kept:
+            return f"is in {kept}, and keeps Python's interpreter"
+        return f"does not answer (state {state}: {_STATES.get(state, 'unknown')})"
+
+    def _is_concluded(self) -> bool:
+        return failures.read_json(self._file("verdict.json"), self._start) is not None
+
+    @property
+    def _alarm(self) -> str:
+        return alarm_of(self._start)
+
+    def _file(self, name: str) -> Path:
+        return failures.hang_file(self._run_dir, name)
+
+
+def state_of(pid: int) -> str:
+    """The kernel's letter for what a process of this machine does; Z where there is none any more."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "Z"
+    return stat.rpartition(")")[2].split()[0]
+
+
+def where_it_is_kept(text_file: Path) -> str:
+    """Where the main thread is, by what faulthandler's timer wrote: its stack comes last, the innermost line first.
+    Empty where it wrote nothing."""
+    try:
+        text = text_file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    frames = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', text.rpartition("\nThread ")[2], re.MULTILINE)
+    if not text.startswith("Timeout") or not frames:
+        return ""
+    return where({"frames": [[short(file), int(line), function] for file, line, function in frames]})
