@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -21,11 +22,15 @@ from bigtrain.config.derive import derive, describe, world_size
 from bigtrain.config.errors import UserError
 from bigtrain.config.help import help_text, keys_text
 from bigtrain.config.schema import Config
+from bigtrain.config.sweep import points
 from bigtrain.config.vendors import check_versions
-from bigtrain.launching import attempts, init_from, local, machine, outcome, slurm
+from bigtrain.launching import attempts, init_from, local, machine, outcome, slurm, sweep
+from bigtrain.launching.code_copy import CODE, copy_code
 from bigtrain.launching.lock import only_launch
 from bigtrain.launching.plan import plan, prepare_command
 from bigtrain.launching.preflight import preflight
+from bigtrain.launching.slurm_script import Batch
+from bigtrain.launching.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Arguments:
     keys: bool
     freeze: bool
     """Stop before the ranks: another launcher starts them."""
+    multirun: bool
+    """A sweep: a run for each combination of values."""
     for_hydra: bool
     """Hydra answers: --cfg, --info and its like."""
     resolved: bool
@@ -62,13 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.keys:
             print(keys_text())
             return 0
+        if arguments.multirun:
+            return launch_sweep(arguments)
         config = compose(arguments.overrides, arguments.config_dirs)
         if arguments.resolved:
             print(configs.to_yaml(config).rstrip())
             return 0
         if arguments.for_hydra:
             return _ask_hydra(argv, arguments.overrides)
-        return launch(init_from.settled(machine.resolve(config, cwd=Path.cwd())), arguments, began=began)
+        return launch(init_from.settled(_resolved(config)), arguments, began=began)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,28 +85,95 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _resolved(config: Config) -> Config:
+    return machine.resolve(config, cwd=Path.cwd())
+
+
 def launch(config: Config, arguments: Arguments, *, began: float) -> int:
     """Check, freeze and run a resolved config, or only make it ready to run (--freeze); returns the exit status.
 
     `began`: when the command was given, of time.monotonic."""
     check_versions()
-    prepared = not config.data.prepare.inputs
-    _refuse([*check(config, world_size(config)), *preflight(config, prepared=prepared)])
+    _refuse(_problems(config))
     if config.dry_run:
         print(plan(config))
         return 0
     if config.cluster.kind == "slurm" and not arguments.freeze:
-        slurm.require(config)
+        slurm.require(Batch.of_run(config))
     slurm.refuse_live_job(config)
     with only_launch(Path(config.run.dir)):
         finished = outcome.already_finished(config, arguments.settings)
         if finished and not arguments.freeze:
             print("\n".join(finished))
             return 0
-        init_from.copy_tokenizer(config)
-        configs.save(config, config.run.dir)
+        _freeze(config)
+        if arguments.freeze or config.cluster.kind == "slurm":
+            copy_code(Path(config.run.dir) / CODE)
         status = _prepare(config)
         return status if status or arguments.freeze else _start(config, arguments.settings, began)
+
+
+def launch_sweep(arguments: Arguments) -> int:
+    """The runs of --multirun: one job array on Slurm, one after the other here. All are checked before the first
+    starts. Returns the exit status: that of the first run that fails, though the others run."""
+    check_versions()
+    asked = Sweep.of(
+        points(arguments.overrides, arguments.config_dirs),
+        lambda overrides: _resolved(compose(overrides, arguments.config_dirs)),
+    )
+    config, is_slurm = asked.first, asked.first.cluster.kind == "slurm"
+    _refuse([*sweep.problems(asked), *(problem for run in asked.runs for problem in _problems(run.config))])
+    if config.dry_run:
+        print(f"{sweep.table(asked)}\n\nthe first of them:\n\n{plan(config, asked.batch)}")
+        return 0
+    if is_slurm and not arguments.freeze:
+        slurm.require(asked.batch)
+    queue = slurm.queue(config)
+    found, done = sweep.open_runs(asked, queue)
+    print("".join(f"{line}\n" for line in done), end="")
+    if not found.runs:
+        return 0
+    with ExitStack() as locks:
+        for run in found.runs:
+            locks.enter_context(only_launch(run.run_dir))
+            _freeze(run.config)
+        if arguments.freeze or is_slurm:
+            sweep.copy_code_of_array(found, queue)
+        for one in sweep.with_data_of_their_own(found):
+            if status := _prepare(one):
+                return status
+        if arguments.freeze:
+            print(f"\n{sweep.table(found)}")
+            return 0
+        if is_slurm:
+            print(sweep.submitted(found, slurm.submit(found.batch)))
+            return 0
+        return _one_by_one(found)
+
+
+def _one_by_one(found: Sweep) -> int:
+    print(f"\n{sweep.table(found)}", flush=True)
+    first_failure = 0
+    for place, run in enumerate(found.runs):
+        print(f"\nrun {place} of {len(found.runs)}: {run.config.run.name}", flush=True)
+        began = time.monotonic()
+        status = _train(run.config)
+        if status in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):  # sent to us: it ends the sweep
+            return status
+        first_failure = first_failure or status
+        print("\n".join(outcome.summary(run.run_dir, took_s=time.monotonic() - began)), flush=True)
+    print(f"\nall in one report:\n  python tools/report.py {outcome.short(found.folder)}/*")
+    return first_failure
+
+
+def _problems(config: Config) -> list[Problem]:
+    prepared = not config.data.prepare.inputs
+    return [*check(config, world_size(config)), *preflight(config, prepared=prepared)]
+
+
+def _freeze(config: Config) -> None:
+    init_from.copy_tokenizer(config)
+    configs.save(config, config.run.dir)
 
 
 def _prepare(config: Config) -> int:
@@ -108,11 +184,16 @@ def _prepare(config: Config) -> int:
     return status
 
 
+def _train(config: Config) -> int:
+    return attempts.train(config)
+
+
 def _start(config: Config, settings: Sequence[str], began: float) -> int:
     if config.cluster.kind == "slurm":
-        print(slurm.submit(config))
+        (job,) = slurm.submit(Batch.of_run(config))
+        print(slurm.told(config, job))
         return 0
-    return attempts.train(config) or _finish(config, settings, began)
+    return _train(config) or _finish(config, settings, began)
 
 
 def _finish(config: Config, settings: Sequence[str], began: float) -> int:
@@ -128,8 +209,8 @@ def _finish(config: Config, settings: Sequence[str], began: float) -> int:
 
 
 def _refuse(problems: Sequence[Problem]) -> None:
-    if problems:
-        raise UserError("\nerror: ".join(str(problem) for problem in problems))
+    if problems:  # the runs of a sweep have many in common
+        raise UserError("\nerror: ".join(dict.fromkeys(str(problem) for problem in problems)))
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -139,6 +220,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--keys", action="store_true")
     parser.add_argument("--freeze", action="store_true")
+    parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=Path, action="append", default=[])
     for flag, short in (("--cfg", "-c"), ("--package", "-p")):
         parser.add_argument(flag, short)
@@ -152,7 +234,18 @@ def parse(argv: Sequence[str]) -> Arguments:
         if not folder.is_dir():
             raise UserError(f"--config-dir {folder}: no such folder")
     for_hydra = bool(found.cfg or found.info or found.hydra_help)
-    return Arguments(found.overrides, found.config_dir, found.help, found.keys, found.freeze, for_hydra, found.resolve)
+    if found.multirun and for_hydra:
+        raise UserError("--multirun starts runs: it goes with neither --cfg nor --info.")
+    return Arguments(
+        found.overrides,
+        found.config_dir,
+        found.help,
+        found.keys,
+        found.freeze,
+        found.multirun,
+        for_hydra,
+        found.resolve,
+    )
 
 
 class _Parser(argparse.ArgumentParser):

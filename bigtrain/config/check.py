@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bigtrain.config import keys
+from bigtrain.config.cluster_rules import cluster_problems
 from bigtrain.config.data_rules import data_problems
 from bigtrain.config.derive import num_steps
 from bigtrain.config.problem import Problem
@@ -78,6 +79,7 @@ _AT_LEAST_ONE = [
     "cluster.num_nodes",
     "cluster.procs_per_node",
     "cluster.cpus_per_proc",
+    "cluster.array_parallelism",
     "precision.initial_loss_scale",
     "precision.loss_scale_window",
 ]
@@ -277,35 +279,6 @@ def _checkpoint(config: Config, world: int) -> Iterator[Problem]:
         yield Problem("checkpoint.keep_best", best, message, fix)
 
 
-def _cluster(config: Config, world: int) -> Iterator[Problem]:
-    cluster = config.cluster
-    if cluster.kind == "local" and cluster.num_nodes > 1:
-        message = "this machine is one node"
-        yield Problem("cluster.num_nodes", cluster.num_nodes, message, "Set it to 1, or add +cluster=slurm")
-    if cluster.kind == "slurm" and cluster.device == "auto":
-        message = "the launcher cannot see the nodes of a Slurm cluster"
-        yield Problem("cluster.device", cluster.device, message, "Set cluster.device=cuda or cpu")
-    if time_limit_minutes(cluster.time) is None:
-        yield Problem("cluster.time", cluster.time, "is not a time limit", "Write D-HH:MM:SS, such as 1-00:00:00")
-
-
-def time_limit_minutes(text: str) -> int | None:
-    """Minutes, rounded up, of one of Slurm's forms (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S); None where it is none."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if match is None:
-        return None
-    days, *rest = match.groups()
-    fields = [int(field) for field in rest if field is not None]
-    if days is not None:
-        hours, minutes, seconds = (*fields, 0, 0)[:3]
-    elif len(fields) == 3:
-        hours, minutes, seconds = fields
-    else:
-        hours, (minutes, seconds) = 0, (*fields, 0)[:2]
-    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-    return -(-total // 60) or None
-
-
 def _start(config: Config, world: int) -> Iterator[Problem]:
     checkpoint = config.checkpoint
     if checkpoint.init_from and checkpoint.resume not in ("auto", "never"):
@@ -356,7 +329,7 @@ _RULES: tuple[tuple[tuple[str, ...], _Rule], ...] = (
     (("checkpoint.interval", "checkpoint.keep_every", "checkpoint.keep_best", "eval.interval"), _checkpoint),
     ((), data_problems),
     ((), _start),
-    ((), _cluster),
+    ((), cluster_problems),
 )
 
 

@@ -22,7 +22,7 @@ APPENDED_GROUPS = ("cluster", "experiment")
 """Groups that are not in the defaults list: +cluster=slurm."""
 _OVERRIDE = re.compile(r"(\+{0,2})([\w./@:-]+)=(.*)", re.DOTALL)
 _FOR_DEVELOPERS = re.compile(
-    r"full_key\b|reference_type=|object_type=|\^|See |To append to|3. To sweep|value: |"
+    r"full_key\b|reference_type=|object_type=|\^|See |To append to|value: |"
     r"Invalid (value|type) assigned|Value .* is incompatible with type hint|Cannot assign \w+ to Dict"
 )
 """Lines of an error of Hydra or OmegaConf that tell a user nothing, or the wrong thing."""

@@ -27,11 +27,14 @@ examples:
   python -m bigtrain.launch +experiment=one_gpu
   python -m bigtrain.launch +experiment=finetune checkpoint.init_from=runs/default 'data.prepare.inputs=[qa.jsonl]'
   python -m bigtrain.launch +cluster=slurm model=gpt_1b cluster.partition=gpu dry_run=true
+  python -m bigtrain.launch --multirun run.name=sweep optim.lr=1e-3,3e-4 run.seed=1,2
 
 flags:
   --help             this text
   --keys             every key with its default and documentation
   --cfg job          the composed config; starts nothing. --cfg job --resolve: with every ${...} filled in
+  --multirun         a run for every combination of values: key=a,b  'range(1,4)'  'glob(gpt_*)'. One after the other
+                     here, one job array with +cluster=slurm; each in a folder of its own, runs/NAME/KEY-VALUE
   --freeze           write the run's folder and prepare its data, start nothing: for launchers/
   --info defaults    where each value comes from (Hydra)
   --config-dir DIR   presets of your own, in DIR/model, DIR/data, ...

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from bigtrain.config.cluster import ClusterConfig as ClusterConfig
+
 
 def _choice(default: str, *choices: str) -> Any:
     """A string field that admits only `choices`; `bigtrain.config.check` enforces it."""
@@ -350,41 +352,6 @@ class TrackerConfig:
     """W&B user or team."""
     log_interval: int = 10
     """Steps between lines on a console that is no terminal; metrics.jsonl and W&B get every step."""
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    """Where the ranks run. Without +cluster=..., on this machine."""
-
-    kind: str = _choice("local", "local", "slurm")
-    """This machine, or a job of a Slurm cluster."""
-    num_nodes: int = 1
-    """Machines."""
-    procs_per_node: int = 0
-    """Ranks a node. 0: as many as there are GPUs, or 4 on a machine without (local only)."""
-    device: str = _choice("auto", "auto", "cpu", "cuda")
-    """auto: GPUs where there are any."""
-    partition: str | None = None
-    """Slurm's partition."""
-    account: str | None = None
-    """Slurm's account."""
-    time: str = "1-00:00:00"
-    """Slurm's time limit, D-HH:MM:SS."""
-    requeue: bool = True
-    """Slurm: queue the job again at the time limit, on preemption and on node failure; it goes on where it was."""
-    mtbf_h: float = 24.0
-    """Hours between failures of the whole job, for checkpoint.interval=auto; once the run has failed three times, its
-    own mean counts instead. For orientation: 1,024 GPUs fail about every 8 hours, 16,384 every 2 to 3
-    (https://arxiv.org/abs/2410.21680, https://arxiv.org/abs/2407.21783)."""
-    cpus_per_proc: int = 8
-    """Slurm's cpus-per-task."""
-    setup: list[str] = field(default_factory=list[str])
-    """Shell lines before the ranks start: modules, environments."""
-    sbatch: dict[str, str] = field(default_factory=dict[str, str])
-    """Any other sbatch option, by its long name; true for one that takes no value."""
-    max_restarts: int = 0
-    """How often a run that crashed or hung is started again, from its newest checkpoint. Not after a failure that would
-    only come again: a mistake in the settings, before the first step, or twice at the same step."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from bigtrain.config import epochs, locations
 from bigtrain.config.derive import derive, describe, num_steps, tokens_per_step, world_size
 from bigtrain.config.schema import Config
-from bigtrain.launching import init_from, slurm
+from bigtrain.launching import init_from
 from bigtrain.launching.local import Command, rank_commands
 from bigtrain.launching.preflight import totals_of
+from bigtrain.launching.slurm_script import Batch, sbatch_script
 
 SHOWN_RANKS = 8
 
@@ -22,8 +23,8 @@ def prepare_command(config: Config) -> Command:
     return Command("data preparation", [sys.executable, "-m", "bigtrain.data.prepare", config.run.dir])
 
 
-def plan(config: Config) -> str:
-    """The text of a dry run of a config that is resolved and sound."""
+def plan(config: Config, batch: Batch | None = None) -> str:
+    """The text of a dry run of a config that is resolved and sound. `batch`: the sweep that it belongs to."""
     lines = [
         f"run {config.run.name}: model {config.model.name}, {config.precision.dtype}, "
         f"ZeRO-{config.parallel.zero_stage}, on {config.cluster.device}",
@@ -40,7 +41,7 @@ def plan(config: Config) -> str:
             "",
         ]
     if config.cluster.kind == "slurm":
-        lines += ["would submit this script with sbatch:", "", slurm.sbatch_script(config).rstrip()]
+        lines += ["would submit this script with sbatch:", "", sbatch_script(batch or Batch.of_run(config)).rstrip()]
     else:
         lines += _local(rank_commands(config, port=0))
     return "\n".join([*lines, "", "dry run: nothing was started or written."])

@@ -17,10 +17,10 @@ from bigtrain.config.frozen import FILE
 from bigtrain.config.same_run import difference
 from bigtrain.config.schema import Config
 from bigtrain.launching import init_from, machine
+from bigtrain.launching.slurm import SUBMISSION
+from bigtrain.launching.slurm_script import slurm_folder
 from bigtrain.launching.wandb_key import has_wandb_key
 
-SUBMITTED = "*_submission.sh"
-"""In RUN/logs/slurm: submitit's script of a job that sbatch took; of one that it refused, the name is another."""
 UNCHANGING = [
     "run.dir",
     "dry_run",
@@ -61,7 +61,7 @@ def has_begun(run_dir: Path) -> bool:
     return (
         (metrics.is_file() and metrics.stat().st_size > 0)
         or (checkpoints.is_dir() and next(checkpoints.iterdir(), None) is not None)
-        or any((run_dir / "logs" / "slurm").glob(SUBMITTED))
+        or any(slurm_folder(run_dir).glob(f"*{SUBMISSION}"))
     )
 
 

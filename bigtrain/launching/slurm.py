@@ -1,130 +1,70 @@
-"""A run as one Slurm job: submitit writes the sbatch script and starts one task a rank.
+"""A run as one Slurm job, a sweep as one job array: what Slurm is asked before, the submission, and the job's marks.
 
-The script finds where the ranks meet (meeting.py), starts them with srun, and queues the job again where they ask for
-it: Slurm warns every rank with SIGUSR2 ahead of the time limit, they save, and rank 0 ends with COME_BACK. After a
-preemption or the loss of a node Slurm itself queues the job again. The next start runs the same command, and
-checkpoint.resume=auto goes on from the last committed checkpoint. launchers/slurm.sbatch does the same without us.
+slurm_script.py has the script. Slurm warns every rank with SIGUSR2 ahead of the time limit, they save, and rank 0 ends
+with COME_BACK, on which the script queues the job again. After a preemption or the loss of a node Slurm itself does.
+The next start runs the same command, and checkpoint.resume=auto goes on from the last committed checkpoint.
+launchers/slurm.sbatch does the same without us.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
 import shutil
-import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
-from bigtrain.config.check import Problem, time_limit_minutes
+from bigtrain.config.check import Problem
+from bigtrain.config.cluster_rules import time_limit_minutes
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
-from bigtrain.config.status import COME_BACK
-from bigtrain.launching.environment import Place, rank_environment
 from bigtrain.launching.meeting import fields_of
+from bigtrain.launching.slurm_script import (
+    Batch,
+    RankTask,
+    job_parameters,
+    python_of_ranks,
+    sbatch_script,
+    slurm_folder,
+)
+
+SUBMISSION = "_submission.sh"
+"""Behind a job's number: submitit's script of a job that sbatch took. Of one that it refused, the name is another."""
 
 
-@dataclass(frozen=True)
-class RankTask:
-    """What each task of the job does: it becomes one rank. submitit pickles it for the nodes."""
-
-    run_dir: str
-    device: str
-
-    def __call__(self) -> NoReturn:
-        """The rank takes the place of submitit's process, whose handlers would requeue before the ranks have saved,
-        and hide SIGTERM from them. Slurm sees the rank's own exit status."""
-        names = os.environ
-        tasks, nodes = int(names["SLURM_NTASKS"]), int(names["SLURM_JOB_NUM_NODES"])
-        place = Place(
-            rank=int(names["SLURM_PROCID"]),
-            local_rank=int(names["SLURM_LOCALID"]),
-            world=tasks,
-            local_world=tasks // nodes,
-            address=names["MASTER_ADDR"],
-            port=int(names["MASTER_PORT"]),
-        )
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # it waits until the rank listens: StopSignal
-        arguments = [sys.executable, "-m", "bigtrain.train", self.run_dir]
-        os.execve(sys.executable, arguments, {**names, **rank_environment(place, self.device)})
-
-
-def job_parameters(config: Config) -> dict[str, Any]:
-    """The job as submitit's SlurmExecutor takes it."""
-    cluster = config.cluster
-    flags: dict[str, Any] = {name: True if value.lower() == "true" else value for name, value in cluster.sbatch.items()}
-    more: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True, **flags}
-    parameters: dict[str, Any] = {
-        "job_name": config.run.name,
-        "nodes": cluster.num_nodes,
-        "ntasks_per_node": cluster.procs_per_node,
-        "cpus_per_task": cluster.cpus_per_proc,
-        "gpus_per_node": cluster.procs_per_node if cluster.device == "cuda" else None,
-        "time": time_limit_minutes(cluster.time),
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "setup": [*cluster.setup, *_meeting()],
-        # One rank that fails ends the others. srun inherits neither the cpus of sbatch nor its open-mode, and no
-        # variables where sbatch was told --export=NONE.
-        "srun_args": [
-            "--kill-on-bad-exit=1",
-            f"--cpus-per-task={cluster.cpus_per_proc}",
-            "--open-mode=append",
-            "--export=ALL",
-        ],
-        "teardown": _come_back() if cluster.requeue else None,
-        "additional_parameters": more,
-    }
-    set_ones = {name: value for name, value in parameters.items() if value is not None}
-    return {**set_ones, "wckey": None}  # submitit's own default is a key that a cluster may refuse
-
-
-def _meeting() -> list[str]:
-    """Shell lines before srun, on the first node."""
-    return [
-        f"meeting=$({_python()} -m bigtrain.launching.meeting) || exit",
-        "export MASTER_ADDR=${meeting% *} MASTER_PORT=${meeting#* }",
-    ]
-
-
-def _come_back() -> list[str]:
-    """Shell lines after srun, whose status is that of the rank with the highest one."""
-    return [
-        "status=$?",
-        f'[ $status != {COME_BACK} ] || scontrol requeue "$SLURM_JOB_ID"',
-        "exit $status",
-    ]
-
-
-def job_folder(config: Config) -> Path:
-    """Where submitit keeps the script, the pickled task and each rank's output."""
-    return Path(config.run.dir) / "logs" / "slurm"
-
-
-def sbatch_script(config: Config) -> str:
-    """The script that `submit` hands to sbatch, as submitit writes it. Touches no disk and needs no Slurm."""
-    from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
-
-    writer = object.__new__(SlurmExecutor)  # its __init__ asks for srun, which a laptop lacks
-    writer.folder, writer.python = job_folder(config), _python()
-    return _make_sbatch_string(command=writer._submitit_command_str, folder=writer.folder, **job_parameters(config))
-
-
-def require(config: Config) -> None:
-    """Raises UserError where this job cannot be submitted from here, as far as Slurm says so before it is submitted.
-
-    `sbatch --test-only` says less than it seems: it also refuses a job that would wait for a node under repair."""
+def require(batch: Batch) -> None:
+    """Raises UserError where this job cannot be submitted from here, as far as Slurm says so before it is submitted."""
     for program in ("sbatch", "srun", "scontrol"):
         if shutil.which(program) is None:
             raise UserError(
                 f"cluster.kind=slurm: there is no {program} on this machine. Run it on a login node of the cluster, "
                 "look at the script with dry_run=true, or leave +cluster=slurm out to run here."
             )
-    problems = partition_problems(config, _ask(["scontrol", "--oneliner", "show", "partition"]))
+    problems = partition_problems(batch.config, _ask(["scontrol", "--oneliner", "show", "partition"]))
     if problems:
         raise UserError("\nerror: ".join(map(str, problems)))
+    _try_out(batch)
+
+
+def _try_out(batch: Batch) -> None:
+    """Raises UserError where sbatch says that a value is invalid: account, qos, reservation, feature, node, resource.
+
+    What else --test-only says counts for nothing: it also refuses a job that would wait for a node under repair."""
+    command = ["sbatch", "--test-only"]
+    try:
+        done = subprocess.run(command, input=sbatch_script(batch), capture_output=True, text=True, timeout=90)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"cluster.kind=slurm: `{shlex.join(command)}` failed: {error}") from error
+    if done.returncode and "invalid" in done.stderr.lower():
+        raise UserError(_refused(done.stderr))
+
+
+def _refused(said: str) -> str:
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in said.splitlines() if line.strip()]
+    return f"sbatch refuses the job: {'; '.join(lines)}. dry_run=true shows what it is asked for."
 
 
 def partition_problems(config: Config, shown: str) -> list[Problem]:
@@ -149,31 +89,60 @@ def partition_problems(config: Config, shown: str) -> list[Problem]:
         problems.append(Problem("cluster.num_nodes", cluster.num_nodes, message, "Ask for fewer, or choose another"))
     limits = [time_limit_minutes(known[name].get("MaxTime", "")) for name in names]
     wanted, longest = time_limit_minutes(cluster.time), max((limit for limit in limits if limit), default=0)
-    if None not in limits and "qos" not in cluster.sbatch and wanted and 0 < longest < wanted:
+    if None not in limits and cluster.qos is None and wanted and 0 < longest < wanted:
         message = f"partition {','.join(names)} gives {longest} minutes at most"
         problems.append(Problem("cluster.time", cluster.time, message, "Ask for less; the job is queued again then"))
     return problems
 
 
-def refuse_live_job(config: Config) -> None:
-    """Raises UserError where a job of this user, pending or running, is to train in the run's folder: it reads the
-    config there, and two of them would write the same files. Needs no Slurm: without it there is no such job."""
-    run_dir, own = Path(config.run.dir), os.environ.get("SLURM_JOB_ID")
-    if not run_dir.is_dir() or shutil.which("squeue") is None:
-        return
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job of this user, pending or running; of an array, one task of it."""
+
+    name: str
+    """Its number; of an array's task ARRAY_TASK."""
+    state: str
+    paths: tuple[Path, ...]
+    """Words of its command, as paths."""
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether it names something in a folder: submitit's script, or the argument of another."""
+        return any(path.is_relative_to(folder) for path in self.paths)
+
+    def trains_in(self, run_dir: Path) -> bool:
+        return self.is_in(run_dir) or os.path.lexists(slurm_folder(run_dir) / (self.name + SUBMISSION))
+
+
+def queue(config: Config) -> list[QueuedJob]:
+    """The jobs of this user, but for the one that this process runs in. Needs no Slurm: without it there is none.
+
+    Raises UserError where a Slurm job is to be submitted and Slurm does not answer."""
+    if shutil.which("squeue") is None:
+        return []
     try:
-        jobs = _ask(["squeue", "--me", "--noheader", "--format=%A|%T|%Z|%o"])
+        jobs = _ask(["squeue", "--me", "--array", "--noheader", "--format=%A|%i|%T|%Z|%o"])
     except UserError:
         if config.cluster.kind == "slurm":
             raise
-        return
+        return []
+    found: list[QueuedJob] = []
     for line in jobs.splitlines():
-        job, state, cwd, command = line.split("|", 3)
-        words = (Path(os.path.normpath(Path(cwd, word))) for word in command.split())
-        if job != own and any(word.is_relative_to(run_dir) for word in words):
+        number, name, state, cwd, command = line.split("|", 4)
+        if number != os.environ.get("SLURM_JOB_ID"):
+            paths = (Path(os.path.normpath(Path(cwd, word))) for word in command.split())
+            found.append(QueuedJob(name, state, tuple(paths)))
+    return found
+
+
+def refuse_live_job(config: Config) -> None:
+    """Raises UserError where a job in the queue is to train in the run's folder: it reads config and code there, and
+    two of them would write the same files."""
+    run_dir = Path(config.run.dir)
+    for job in queue(config) if run_dir.is_dir() else ():
+        if job.trains_in(run_dir):
             raise UserError(
-                f"run.dir={run_dir}: job {job} ({state}) of this run is in Slurm's queue. Wait for it, end it with "
-                f"scancel {job}, or set another run.name."
+                f"run.dir={run_dir}: job {job.name} ({job.state}) of this run is in Slurm's queue. Wait for it, end it "
+                f"with scancel {job.name}, or set another run.name."
             )
 
 
@@ -186,28 +155,43 @@ def _ask(command: list[str]) -> str:
         raise UserError(f"cluster.kind=slurm: `{shlex.join(command)}` failed: {said}") from error
 
 
-def submit(config: Config) -> str:
-    """Submit the run whose folder is frozen; returns what to tell the user: the job, its folder, how to follow it.
+def submit(batch: Batch) -> list[str]:
+    """Submit the runs, whose folders are ready; returns the name of each one's job.
 
-    Raises UserError where sbatch refuses the job.
-    """
+    Raises UserError where sbatch refuses it."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = submitit.SlurmExecutor(folder=job_folder(config), python=_python())
-    executor.update_parameters(**job_parameters(config))
+    executor = submitit.SlurmExecutor(folder=batch.folder, python=python_of_ranks(batch.config.cluster))
+    executor.update_parameters(**job_parameters(batch))
     try:
-        job = executor.submit(RankTask(config.run.dir, config.cluster.device))
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit passes on what sbatch says; the error says it, too
+            jobs = executor.submit_array([RankTask(run_dir, batch.config.cluster.device) for run_dir in batch.run_dirs])
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"sbatch refused the job: {error}") from error
-    log = job_folder(config) / f"{job.job_id}_0_log"
+        raise UserError(_refused(str(error))) from error
+    for run_dir, job in zip(batch.run_dirs, jobs, strict=True):
+        _link(batch, Path(run_dir), job.job_id)
+    return [job.job_id for job in jobs]
+
+
+def _link(batch: Batch, run_dir: Path, job: str) -> None:
+    """Of an array, the files lie with the sweep: the run has links to its script and to what rank 0 says."""
+    own = slurm_folder(run_dir)
+    if own == batch.folder:
+        return
+    own.mkdir(parents=True, exist_ok=True)
+    script = batch.folder / f"{job.partition('_')[0]}{SUBMISSION}"
+    outputs = [batch.folder / f"{job}_0_log.{end}" for end in ("out", "err")]
+    for target, name in ((script, job + SUBMISSION), *((path, path.name) for path in outputs)):
+        (own / name).symlink_to(os.path.relpath(target, own))
+
+
+def told(config: Config, job: str) -> str:
+    """What to tell the user of a submitted run: the job, its folder, how to follow it."""
+    log = slurm_folder(Path(config.run.dir)) / f"{job}_0_log"
     return (
-        f"submitted job {job.job_id}: {config.cluster.num_nodes} nodes x {config.cluster.procs_per_node} ranks\n"
+        f"submitted job {job}: {config.cluster.num_nodes} nodes x {config.cluster.procs_per_node} ranks\n"
         f"run folder  {config.run.dir}\n"
-        f"follow it   squeue -j {job.job_id}; tail -F {log}.out {log}.err\n"
-        f"stop it     scancel {job.job_id}; the same command later goes on from the last checkpoint"
+        f"follow it   squeue -j {job}; tail -F {log}.out {log}.err\n"
+        f"stop it     scancel {job}; the same command later goes on from the last checkpoint"
     )
-
-
-def _python() -> str:
-    return shlex.quote(sys.executable)

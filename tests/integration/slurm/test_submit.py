@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import sys
@@ -41,18 +40,6 @@ def test_a_job_that_would_wait_for_ever_is_refused(cluster: Cluster, data: Path,
     assert line == "error: cluster.num_nodes=4: partition spot has 2 nodes. Ask for fewer, or choose another."
     line = refused(cluster, tmp_path, *command, "cluster.time=02:00:00")
     assert line.startswith("error: cluster.time=02:00:00: partition spot gives 60 minutes at most. ")
-
-
-def test_what_sbatch_refuses_is_one_error_and_may_be_corrected(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    command = [*settings(data, "run"), *TWO_NODES]
-    done = cluster.run(*LAUNCH, *command, "+cluster.sbatch.constraint=a100", cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    *_, line = done.stderr.splitlines()  # before it, sbatch's own, which submitit passes on
-    assert line.startswith("error: sbatch refused the job: ") and "Invalid feature specification" in line
-    held = ["optim.lr=0.5", "+cluster.sbatch.hold=true"]
-    job_id = re.search(r"job (\d+)", cluster.ask(*LAUNCH, *command, *held, cwd=tmp_path))
-    assert job_id and cluster.job(job_id[1])["JobState"] == "PENDING"
-    cluster.ask("scancel", job_id[1])
 
 
 def test_the_dry_run_prints_a_script_that_sbatch_takes(cluster: Cluster, data: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bigtrain.config.check import check, time_limit_minutes
+from bigtrain.config.check import check
+from bigtrain.config.cluster_rules import time_limit_minutes
 from bigtrain.config.schema import (
     CacheConfig,
     Config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import random
@@ -18,7 +19,12 @@ import pytest
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ClusterConfig, Config, RunConfig
 from bigtrain.launching.environment import free_port
-from bigtrain.launching.slurm import RankTask, partition_problems, refuse_live_job, sbatch_script
+from bigtrain.launching.slurm import partition_problems, refuse_live_job
+from bigtrain.launching.slurm_script import Batch, RankTask, sbatch_script
+from tests.unit.config.test_cluster_rules import SITE
+
+FIVE = tuple(f"/shared/sweep/it's {task}" for task in range(5))
+ARRAY_TASK = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
 
 
 def options(script: str) -> dict[str, str]:
@@ -30,30 +36,101 @@ def options(script: str) -> dict[str, str]:
     return found
 
 
-def script(**cluster: object) -> str:
+def batch(**cluster: Any) -> Batch:
     settings = {"kind": "slurm", "num_nodes": 2, "procs_per_node": 8, "device": "cuda", **cluster}
-    return sbatch_script(Config(run=RunConfig(name="big", dir="/shared/big"), cluster=ClusterConfig(**settings)))  # type: ignore[arg-type]
+    return Batch.of_run(Config(run=RunConfig(name="big", dir="/shared/big"), cluster=ClusterConfig(**settings)))
+
+
+def script(**cluster: Any) -> str:
+    return sbatch_script(batch(**cluster))
 
 
 def test_script_asks_for_what_the_config_says() -> None:
-    text = script(partition="gpu", account="me", time="2-00:00:00", cpus_per_proc=6, sbatch={"qos": "high"})
+    site: dict[str, Any] = {**SITE, "time": "2-00:00:00", "cpus_per_proc": 6}
+    text = script(**site)
     found = options(text)
     expected = {
         "job-name": "big",
         "nodes": "2",
         "ntasks-per-node": "8",
-        "gpus-per-node": "8",
+        "gpus-per-node": "a100:8",
+        "gres": "nvme:1",
         "cpus-per-task": "6",
+        "mem": "480G",
         "time": str(2 * 24 * 60),
-        "partition": "gpu",
-        "account": "me",
+        "partition": "gpu,spot",
+        "account": "lab-7",
         "qos": "high",
+        "reservation": "maintenance.1",
+        "constraint": "a100&[rack1|rack2]",
+        "exclude": "gpu[07-09],gpu31",
+        "mail-user": "me@example.org",
+        "mail-type": "end,FAIL",
+        "nice": "100",
+        "exclusive": "",
+        "signal": "USR2@600",
         "requeue": "",
     }
     assert {name: found.get(name) for name in expected} == expected
     assert found["output"].startswith("/shared/big/logs/")
-    assert "wckey" not in found
-    assert "srun" in text and "--kill-on-bad-exit=1" in text
+    assert not {"wckey", "array"} & set(found)
+    lines = text.splitlines()
+    setup = [lines.index(line) for line in site["setup"]]
+    exports = [f"export {name}={value}" for name, value in site["env"].items()]
+    code = ("run=/shared/big", "export PYTHONPATH=$run/code${PYTHONPATH:+:$PYTHONPATH}")
+    order = [*setup, *map(lines.index, exports), *map(lines.index, code)]
+    (ranks,) = (line for line in lines if line.startswith("srun "))
+    assert order == sorted(order) and order[-1] < lines.index(ranks)
+    for part in (
+        "--kill-on-bad-exit=1",
+        "--container-image=nvcr.io#nvidia/pytorch:25.01-py3",
+        "--container-mounts=/shared/big:/shared/big,/data:/data,/scratch:/tmp:rw",
+        " python3 -u -m submitit",
+    ):
+        assert part in ranks.replace("'", "")
+    assert {field.name for field in dataclasses.fields(ClusterConfig)} - set(site) == {
+        "kind",
+        "num_nodes",
+        "procs_per_node",
+        "device",
+        "requeue",
+        "max_restarts",
+        "mtbf_h",
+        "container_python",
+    }, "each key of a site is above"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "found"),
+    [
+        ({}, ("8", None)),
+        ({"gres": "gpu:a100:8"}, (None, "gpu:a100:8")),
+        ({"gres": "nvme:1"}, ("8", "nvme:1")),
+        ({"gpus_per_node": "0"}, (None, None)),
+        ({"device": "cpu"}, (None, None)),
+    ],
+)
+def test_gpus_are_asked_for_once(cluster: dict[str, Any], found: tuple[str | None, str | None]) -> None:
+    given = options(script(**cluster))
+    assert (given.get("gpus-per-node"), given.get("gres")) == found
+
+
+def test_a_sweep_is_one_array() -> None:
+    """Each task is queued again by its own number: one of them has the array's."""
+    text = sbatch_script(dataclasses.replace(batch(array_parallelism=2), run_dirs=FIVE))
+    assert options(text)["array"] == "0-4%2" and "%A_%a_0_log.out" in options(text)["output"]
+    assert options(sbatch_script(dataclasses.replace(batch(), run_dirs=FIVE)))["array"] == "0-4%5"
+    (runs,) = (line for line in text.splitlines() if line.startswith("runs="))
+    (run,) = (line for line in text.splitlines() if line.startswith("run="))
+    done = subprocess.run(
+        ["bash", "-c", f"SLURM_ARRAY_TASK_ID=3; {runs}\n{run}\necho $run"], capture_output=True, text=True
+    )
+    assert done.stdout == f"{FIVE[3]}\n"
+    (requeue,) = (line for line in text.splitlines() if "scontrol requeue" in line)
+    program = f'scontrol() {{ echo "$@"; }}; status=75; {requeue}'
+    for names, job in (({"SLURM_JOB_ID": "7"}, "7"), ({"SLURM_JOB_ID": "7", **ARRAY_TASK}, "7_0")):
+        done = subprocess.run(["bash", "-c", program], env=names, capture_output=True, text=True, timeout=20)
+        assert done.stdout == f"requeue {job}\n"
 
 
 def test_script_without_gpus_requeue_or_extras() -> None:
@@ -64,8 +141,8 @@ def test_script_without_gpus_requeue_or_extras() -> None:
 
 
 def test_flags_of_sbatch_that_take_no_value() -> None:
-    found = options(script(sbatch={"exclusive": "true", "mail-type": "END"}))
-    assert (found["exclusive"], found["mail-type"]) == ("", "END")
+    found = options(script(sbatch={"exclusive": "true", "comment": "two words"}))
+    assert (found["exclusive"], found["comment"]) == ("", "two words")
 
 
 @pytest.mark.parametrize(("status", "requeue", "calls"), [(75, True, 1), (75, False, 0), (0, True, 0), (1, True, 0)])
@@ -99,7 +176,7 @@ PartitionName=free Default=NO MaxTime=UNLIMITED State=UP TotalNodes=2
     [
         ({"time": "01:00:00"}, []),
         ({"time": "02:00:00"}, ["cluster.time"]),
-        ({"time": "02:00:00", "sbatch": {"qos": "long"}}, []),
+        ({"time": "02:00:00", "qos": "long"}, []),
         ({"partition": "short,long"}, []),
         ({"partition": "free"}, []),
         ({"partition": "free", "num_nodes": 3}, ["cluster.num_nodes"]),
@@ -118,23 +195,27 @@ def test_jobs_that_their_partition_cannot_take(cluster: dict[str, Any], named: l
     ("queue", "is_refused"),
     [
         ("", False),
-        ("7|RUNNING|/home/me|{runs}/big/logs/slurm/.submission_file_1.sh", True),
-        ("6|PENDING|/|true\n7|PENDING|{runs}|/home/me/slurm.sbatch big", True),
-        ("7|RUNNING|{runs}|/home/me/slurm.sbatch bigger", False),
-        ("8|RUNNING|{runs}|/home/me/slurm.sbatch big", False),
+        ("7|7|RUNNING|/home/me|{runs}/big/logs/slurm/.submission_file_1.sh", True),
+        ("6|6|PENDING|/|true\n7|7|PENDING|{runs}|/home/me/slurm.sbatch big", True),
+        ("7|7|RUNNING|{runs}|/home/me/slurm.sbatch bigger", False),
+        ("8|8|RUNNING|{runs}|/home/me/slurm.sbatch big", False),
+        ("9|7_1|RUNNING|/|/sweep/.array/7_submission.sh", True),
+        ("9|7_2|RUNNING|/|/sweep/.array/7_submission.sh\n10|7|PENDING|/|/another/7_submission.sh", False),
     ],
 )
 def test_a_folder_that_a_job_trains_in(
     queue: str, is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the path of submitit's script or by an argument of another. Job 8 is where the launch itself runs."""
-    (tmp_path / "big").mkdir()
+    """By the path of submitit's script, by an argument of another, or by the link that a task of an array left. Job 8
+    is where the launch itself runs."""
+    (tmp_path / "big" / "logs" / "slurm").mkdir(parents=True)
+    (tmp_path / "big" / "logs" / "slurm" / "7_1_submission.sh").symlink_to("gone")
     (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{queue.format(runs=tmp_path)}' | grep .; true\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     config = Config(run=RunConfig(name="big", dir=str(tmp_path / "big")))
-    with pytest.raises(UserError, match="job 7 ") if is_refused else contextlib.nullcontext():
+    with pytest.raises(UserError, match=r"job 7(_1)? ") if is_refused else contextlib.nullcontext():
         refuse_live_job(config)
 
 
