@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke test test-fast certify lint slurm slurm-stop bench bench-data bench-checkpoint clean
+.PHONY: help install smoke test test-fast certify drill lint slurm slurm-stop bench bench-data bench-checkpoint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,6 +35,9 @@ test-fast: install  ## the quick tests, under 2 minutes
 certify: install  ## every layout on up to 8 CPU ranks against Transformers: up to 40 minutes
 	$(BIN)/python tools/layouts.py --all --json runs/layouts.json --page runs/layouts.html
 
+drill: install  ## make a small run fail in every way, in every phase: about half an hour
+	$(BIN)/python tools/drill.py --json runs/drill.json --page runs/drill.html
+
 lint: install  ## ruff, pyright, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,7 +57,7 @@ bench: install  ## speed of a training step against plain PyTorch and Transforme
 bench-data: install .venv/bench/.installed  ## speed of reading data against webdataset, streaming, litdata, megatron-core
 	$(BIN)/python tools/bench/data.py
 
-bench-checkpoint: install  ## speed of checkpoints against torch.save, safetensors, dcp and the disk: 20 minutes, 15 GB
+bench-checkpoint: install  ## speed of checkpoints against torch.save, safetensors, dcp and the disk: 25 minutes, 15 GB
 	$(BIN)/python tools/bench/checkpoint.py
 
 # Beside the packages of .venv and behind them: none of those changes.

@@ -46,19 +46,18 @@ def main(arguments: list[str]) -> int:
             from bigtrain.trainer.run import run
         stopped_by = run(config, run_dir, console, watchdog)
     except UserError as error:  # often on all ranks alike; the launcher shows it once
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         return USER_ERROR
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(
+            _say(
                 f"error: {run_dir} cannot be written, its disk is full ({error.strerror}). Make room; the same "
-                "command goes on from the newest checkpoint.",
-                file=sys.stderr,
-                flush=True,
+                "command goes on from the newest checkpoint."
             )
             return USER_ERROR
         _say_crash(error, run_dir, rank, watchdog.step)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(CRASHED)  # without waiting for threads that wait for other ranks
     watchdog.stop()
     if stopped_by:  # srun ends the others once rank 0 has said it: they end well by themselves
@@ -77,7 +76,15 @@ def _say_crash(error: Exception, run_dir: Path, rank: int, step: int) -> None:
             text = f"{named[:200]}\nanother rank is gone; the traceback: {failures.crash_file(run_dir, rank)}\n"
         elif not is_spoken_for:
             failures.append_event(run_dir, "crash", rank=rank, cause=named, step=step)
-    print(text if is_spoken_for else f"{text}error: {named}\n", end="", file=sys.stderr, flush=True)
+    _say(text.rstrip("\n") if is_spoken_for else f"{text}error: {named}")
+
+
+def _say(text: str) -> None:
+    """On stderr, which may be a log on a disk that is full: the exit status must still be what it is to be."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # else Python tries again at its end, and makes the status 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 if __name__ == "__main__":

@@ -95,18 +95,7 @@ def told(order: Order, piece: Piece) -> str:
 
 def audit_command(options: argparse.Namespace) -> int:
     folder = Path(options.folder)
-    _, order = open_run(folder)
-    entries, newest = ledger.read(folder), checkpoints.newest(folder / "checkpoints")
-    saved_step = checkpoints.state_of(newest)["step"] if newest is not None else 0
-    with bar("auditing", len(entries), shown=True) as advance:
-        found = audit(
-            order,
-            entries,
-            begin=ledger.read_begin(folder),
-            saved_step=saved_step,
-            passed_over=passed_over.read(folder),
-            advance=advance,
-        )
+    found = audited(folder, shown=True)
     for problem in found.problems:
         print(f"wrong: {problem}", file=sys.stderr)
     print("\n".join(summary(found)))
@@ -116,6 +105,22 @@ def audit_command(options: argparse.Namespace) -> int:
     for reason, count in ledger.skipped(folder).most_common():
         print(f"passed over: {count:,} bad documents: {reason} ({folder / ledger.FOLDER}/skipped-*.jsonl names them)")
     return 1 if found.problems else 0
+
+
+def audited(folder: Path, *, shown: bool = False) -> Audit:
+    """What the audit of a run finds; `shown`: with its progress on the terminal. Raises UserError."""
+    _, order = open_run(folder)
+    entries, newest = ledger.read(folder), checkpoints.newest(folder / "checkpoints")
+    saved_step = checkpoints.state_of(newest)["step"] if newest is not None else 0
+    with bar("auditing", len(entries), shown=shown) as advance:
+        return audit(
+            order,
+            entries,
+            begin=ledger.read_begin(folder),
+            saved_step=saved_step,
+            passed_over=passed_over.read(folder),
+            advance=advance,
+        )
 
 
 def summary(found: Audit) -> list[str]:

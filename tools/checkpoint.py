@@ -30,8 +30,8 @@ EXAMPLES = """examples:
 CKPT is a checkpoint (runs/default/checkpoints/step-00000300), a run's folder or its checkpoints/latest: then the
 newest. COMMAND --help tells more. docs/checkpoints.md tells what is in one.
 
-exit status: 0 done, 1 verify found damage or diff a difference, 2 something is wrong and nothing was written,
-130 Ctrl-C"""
+exit status: 0 done, 1 inspect or verify found damage or diff a difference, 2 something is wrong and nothing was
+written, 130 Ctrl-C"""
 
 
 class Command(NamedTuple):

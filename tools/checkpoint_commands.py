@@ -16,7 +16,10 @@ INSPECT = """examples:
   python tools/checkpoint.py inspect runs/default/checkpoints/step-00000300 --tensors
   python tools/checkpoint.py inspect runs/default --json | jq .num_sequences
 
-Reads no tensor, so it answers at once. exit status: 0, 1 where something of it cannot be read, 2 for no checkpoint"""
+Reads no tensor, so it answers at once. Files that are missing or have another size than manifest.json says are named;
+bytes that changed are not seen: that is verify's.
+
+exit status: 0, 1 where something of it cannot be read or a file is not as long as it was, 2 for no checkpoint"""
 VERIFY = """examples:
   python tools/checkpoint.py verify runs/default/checkpoints/step-00000300
   python tools/checkpoint.py verify runs/default --all --files-only
@@ -94,9 +97,9 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def diff(options: argparse.Namespace) -> int:
-    from bigtrain.checkpoint import compare, describe
+    from bigtrain.checkpoint import compare, folder
 
-    a, b = describe.find_committed(Path(options.a)), describe.find_committed(Path(options.b))
+    a, b = folder.resolve(Path(options.a)), folder.resolve(Path(options.b))
     with _bar("reading", compare.bytes_that_differ(a, b) if options.values else 0) as advance:
         found = compare.compare(a, b, values=options.values, progress=advance)
     if options.json:
@@ -108,7 +111,7 @@ def diff(options: argparse.Namespace) -> int:
 
 
 def reshard(options: argparse.Namespace) -> int:
-    from bigtrain.checkpoint import describe
+    from bigtrain.checkpoint import folder
     from bigtrain.checkpoint import reshard as resharding
     from bigtrain.checkpoint.layout import Layout
 
@@ -120,7 +123,7 @@ def reshard(options: argparse.Namespace) -> int:
         raise UserError(f"--files {options.files}: it takes 1 or more")
     resharding.check_new(Path(options.out))
     planned = resharding.plan(
-        describe.find_committed(Path(options.checkpoint)),
+        folder.resolve(Path(options.checkpoint)),
         layout_=Layout(**given) if given else None,
         num_files=options.files or 0,
         weights_only=options.weights_only,

@@ -129,11 +129,21 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
 
 def _told(values: Values) -> str:
-    share = 100 * values.num_different / max(values.numel, 1)
+    share = _percent(values.num_different, values.numel)
     return (
-        f"{values.num_different:,} of {values.numel:,} elements ({share:.3g} %), largest {values.largest:.3g} at "
+        f"{values.num_different:,} of {values.numel:,} elements ({share}), largest {values.largest:.3g} at "
         f"{list(values.index)}, relative {values.relative:.3g}"
     )
+
+
+def _percent(part: int, whole: int) -> str:
+    """A share that is not rounded to none or to all where it is neither."""
+    share = 100 * part / max(whole, 1)
+    if part and share < 0.01:
+        return "<0.01 %"
+    if part < whole and share > 99.99:
+        return ">99.99 %"
+    return f"{share:.2f}".rstrip("0").rstrip(".") + " %"
 
 
 def _types(each: Difference) -> str:

@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from bigtrain.checkpoint.slices import Fragment
-
 _BLOCK_ELEMENTS = 1 << 16
 """Summed at a time on a GPU: what its products take of its memory."""
 _MASK = (1 << 64) - 1
@@ -59,18 +57,6 @@ def _sum_on_device(bits_RC: torch.Tensor, columns_C: torch.Tensor, rows_R: torch
         sums_R = (bits_RC[first : first + step] * columns_C).sum(1)
         total += (sums_R * rows_R[first : first + step]).sum()
     return int(total.item()) & _MASK
-
-
-def of_fragments(fragments: Iterable[Fragment]) -> dict[str, int]:
-    """``kind.name`` to what this rank adds to the hash of each global tensor: of the fragments that it owns."""
-    found: dict[str, int] = {}
-    for fragment in fragments:
-        for kind, flat in fragment.tensors.items() if fragment.owned else ():
-            name = f"{kind}.{fragment.shard.name}"
-            for piece in fragment.shard.rectangles(fragment.start, flat.numel()):
-                values = flat[piece.flat_start : piece.flat_start + piece.numel].view(piece.sizes)
-                found[name] = found.get(name, 0) + of_rectangle(values, piece.offsets)
-    return {name: value & _MASK for name, value in found.items()}
 
 
 def total(parts: Iterable[Mapping[str, int]]) -> dict[str, str]:

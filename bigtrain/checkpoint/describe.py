@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, cast
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import manifest
-from bigtrain.checkpoint.manifest import COMMITTED, MANIFEST, Manifest
+from bigtrain.checkpoint.manifest import COMMITTED, Manifest
 from bigtrain.config.errors import UserError
 
-INDEX = ".metadata"
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "bool": 1}
 _RANK_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -45,7 +44,7 @@ class Description:
     """state.json; empty where it cannot be read."""
     manifest: Manifest | None = None
     problems: tuple[str, ...] = ()
-    """What could not be read."""
+    """What could not be read, and files that are missing or have another size than they had."""
 
     @property
     def num_bytes(self) -> int:
@@ -86,40 +85,35 @@ class Description:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that a user means, as `folders.resolve` finds it; by its own path also one that is damaged, was
-    never committed, or has another name. Raises UserError where there is none."""
-    if path.is_symlink():
-        path = path.parent / path.readlink()
-    if path.is_dir() and any((path / name).is_file() for name in (folders.STATE, MANIFEST, INDEX)):
-        return path
-    return folders.resolve(path)
-
-
-def find_committed(path: Path) -> Path:
-    """As `find`. Raises UserError for one that was never committed: what is in it is not known."""
-    found = find(path)
-    if not (found / COMMITTED).is_file():
-        raise UserError(f"checkpoint {found}: it was never committed (no {COMMITTED} in it); use an older one")
-    return found
+    """As `folders.resolve`, and by its own path also one that was never committed. Raises UserError where there is
+    none."""
+    path = folders.followed(path)
+    return path if folders.is_checkpoint(path) else folders.resolve(path)
 
 
 def describe(folder: Path) -> Description:
-    """What the checkpoint in `folder` is. What cannot be read is told in `problems`."""
+    """What the checkpoint in `folder` is. What cannot be read, or has another size than it had, is told in
+    `problems`."""
     problems: list[str] = []
     marker = folder / COMMITTED
     state: dict[str, Any] = {}
     known: Manifest | None = None
-    try:
-        state = folders.state_of(folder)
-    except UserError as error:
-        problems.append(str(error))
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     if marker.is_file():
         try:
             known = manifest.read(folder)
         except UserError as error:
             problems.append(str(error))
+    misfits = (
+        {name: manifest.size_problem(file, files.get(name)) for name, file in known.files.items()} if known else {}
+    )
+    problems += [f"checkpoint {folder}: {name}: {problem}" for name, problem in misfits.items() if problem]
+    try:
+        state = folders.state_of(folder)
+    except UserError as error:
+        if not misfits.get(folders.STATE):  # a line a file is enough
+            problems.append(str(error))
     saved_at = datetime.fromtimestamp(marker.stat().st_mtime) if marker.is_file() else None
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     return Description(folder, marker.is_file(), saved_at, files, state, known, tuple(problems))
 
 

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 from bigtrain.checkpoint.manifest import (
     COMMITTED,
+    INDEX,
     MANIFEST,
     DamagedCheckpoint,
     File,
@@ -36,6 +37,8 @@ from bigtrain.config.errors import UserError
 
 STATE = "state.json"
 LATEST = "latest"
+HF_SETTINGS = "config.json"
+"""What a Hugging Face folder has, and no checkpoint of ours."""
 FORMAT = 3
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL = re.compile(r"\.step-\d{8,}\.partial")
@@ -77,18 +80,38 @@ def resolve(path: Path) -> Path:
 
 def candidates(path: Path) -> list[Path]:
     """As `resolve`, and behind it the older ones that would do where a run was named and its newest is damaged."""
-    if path.name == LATEST and path.is_symlink():
-        path = path.resolve() if path.exists() else path.parent  # killed as it was turned
+    path = followed(path)
     if not path.is_dir():
         raise UserError(f"checkpoint {path}: there is no such folder")
-    if step_of(path) is not None or (path / STATE).is_file():
-        if not (path / COMMITTED).is_file():
-            raise UserError(f"checkpoint {path}: it was never committed (no {COMMITTED} in it); use an older one")
+    is_one = step_of(path) is not None or is_checkpoint(path)
+    if is_one and (path / COMMITTED).is_file():
         return [path]
     found = committed(path / "checkpoints") or committed(path)
-    if not found:
-        raise UserError(f"checkpoint {path}: no committed checkpoint (step-NNNNNNNN/{COMMITTED}) in there")
-    return found[::-1]
+    if found:
+        return found[::-1]
+    if is_hugging_face(path):
+        make = f"python tools/checkpoint.py import-hf {path} CKPT"
+        raise UserError(f"checkpoint {path}: it is a Hugging Face folder. Make a checkpoint of it: {make}")
+    if is_one:
+        raise UserError(f"checkpoint {path}: it was never committed (no {COMMITTED} in it); use an older one")
+    raise UserError(f"checkpoint {path}: no committed checkpoint (step-NNNNNNNN/{COMMITTED}) in there")
+
+
+def followed(path: Path) -> Path:
+    """What the link `latest` means; any other path as it is."""
+    if path.name == LATEST and path.is_symlink():
+        return path.parent / path.readlink() if path.exists() else path.parent  # killed as it was turned
+    return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder, of any name, is or was a checkpoint of ours: also one that does not count, or lost files."""
+    return any((path / name).is_file() for name in (STATE, MANIFEST, INDEX))
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder is a model as Transformers keeps it."""
+    return (path / HF_SETTINGS).is_file() and not (path / STATE).is_file()
 
 
 def prepare(root: Path, step: int, size_bytes: int) -> Path:
@@ -148,7 +171,9 @@ def commit(
         _delete(final)
     partial.rename(final)
     sync(root)
-    _write(final / COMMITTED, f"{hash_of(manifest)}\n".encode())
+    marker = final / f".{COMMITTED}.partial"  # on a full disk it would be there, and empty
+    _write(marker, f"{hash_of(manifest)}\n".encode())
+    marker.rename(final / COMMITTED)
     sync(final)
     with contextlib.suppress(OSError):  # it counts already, and not every file system has links
         _turn_latest(root, final)

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
@@ -27,6 +26,7 @@ from bigtrain.checkpoint.dtypes import DTYPES, converted
 from bigtrain.checkpoint.hf_names import Part, our_shapes, parts
 from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.reader import tensors_in
+from bigtrain.checkpoint.saved_model import saved_model
 from bigtrain.checkpoint.stored import Stored
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
@@ -80,14 +80,15 @@ def export(
     with. `progress` is told bytes written and bytes in all. Raises UserError for a model that Transformers has not, a
     damaged checkpoint, numbers that fp16 cannot hold, a disk that is full; `out` is then not there."""
     source = folders.resolve(checkpoint)
-    state = folders.state_of(source)
-    model, trained_in, imported = _facts(source, state)
-    rows = vocab_size or imported or model.vocab_size
+    saved = saved_model(source, folders.state_of(source))
+    model = saved.model
+    _check_layers(source, model)
+    rows = vocab_size or saved.num_tokens
     if not max(text.vocab_size, 1) <= rows <= model.vocab_size:
         raise UserError(
             f"{rows} rows of the vocabulary: the model has {model.vocab_size}, its tokenizer needs {text.vocab_size}"
         )
-    kind = dtype or trained_in
+    kind = dtype or saved.dtype
     if kind not in DTYPES:
         raise UserError(f"dtype {kind}: it takes {', '.join(DTYPES)}")
     if shard_bytes < 1:
@@ -155,26 +156,10 @@ def _one(part: Part, ours: torch.Tensor) -> torch.Tensor:
     return ours[start:stop]
 
 
-def _facts(source: Path, state: dict[str, Any]) -> tuple[ModelConfig, str, int | None]:
-    """The model, the dtype that it was trained in, and the rows of the vocabulary that it was imported with."""
-    try:
-        config = state["config"]
-        model = ModelConfig(**config["model"])
-        imported: dict[str, Any] = state.get("imported", {})
-        found = model, str(config["precision"]["dtype"]), imported.get("vocab_size")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {source}: its model is not one that this version knows ({error})") from error
-    known = ModelConfig()
-    for name, value in vars(model).items():
-        kind = cast("type[Any]", type(getattr(known, name)))
-        if (type(value) is not kind and not (kind is float and type(value) is int)) or (kind is int and value < 1):
-            raise UserError(f"checkpoint {source}: {folders.STATE} has model.{name}={value!r:.100}")
-    if found[2] is not None and type(found[2]) is not int:
-        raise UserError(f"checkpoint {source}: {folders.STATE} has imported.vocab_size={found[2]!r:.100}")
-    store.check_shapes(source, {})  # that there is an index
+def _check_layers(source: Path, model: ModelConfig) -> None:
+    """Before names are made for all of them: there may be billions. Raises UserError."""
     if model.num_layers > len(tensors_in(source)):
         raise UserError(f"checkpoint {source}: it has fewer tensors than its {model.num_layers} layers")
-    return found
 
 
 def _write(

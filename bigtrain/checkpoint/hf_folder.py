@@ -15,6 +15,7 @@ from typing import cast
 import torch
 
 from bigtrain.checkpoint import hf_config
+from bigtrain.checkpoint.folder import HF_SETTINGS
 from bigtrain.checkpoint.hf_names import Part, parts
 from bigtrain.checkpoint.safetensors_files import Entry, locate, read, read_json, unfit_dtype
 from bigtrain.checkpoint.slices import Fragment
@@ -22,7 +23,6 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 from bigtrain.distributed.sharding import Rectangle
 
-SETTINGS = "config.json"
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Masks and tables that older versions saved beside the weights; the model makes them anew.
 _BUFFERS = re.compile(
@@ -34,9 +34,9 @@ def load_settings(folder: Path) -> ModelConfig:
     """Our settings of the model in a Hugging Face folder. Raises UserError for one of another kind, by field."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    file = folder / SETTINGS
+    file = folder / HF_SETTINGS
     if not file.exists():
-        raise UserError(f"{folder}: there is no {SETTINGS} in it, so it is no Hugging Face folder")
+        raise UserError(f"{folder}: there is no {HF_SETTINGS} in it, so it is no Hugging Face folder")
     return dataclasses.replace(hf_config.from_theirs(read_json(file), str(file)), name=folder.resolve().name)
 
 

@@ -19,6 +19,8 @@ from bigtrain.config.errors import UserError
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+INDEX = ".metadata"
+"""torch.distributed.checkpoint's own file: which rectangle of which tensor lies where."""
 _READ_BYTES = 8 << 20
 
 
@@ -89,6 +91,14 @@ def parse(content: bytes) -> Manifest:
 
 def hash_of(content: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(content)
+
+
+def size_problem(expected: File, found_bytes: int | None) -> str:
+    """What is wrong with a file by its size alone; None: there is no such file. Empty where nothing is."""
+    wanted = f"{MANIFEST} says {expected.size_bytes:,} bytes"
+    if found_bytes is None:
+        return f"the file is missing, {wanted}"
+    return "" if found_bytes == expected.size_bytes else f"it has {found_bytes:,} bytes, {wanted}"
 
 
 def file_of(path: Path, progress: Callable[[int], None] | None = None) -> File:

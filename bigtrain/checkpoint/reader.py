@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from bigtrain.checkpoint import content_hash, manifest
-from bigtrain.checkpoint.manifest import MANIFEST, DamagedCheckpoint
+from bigtrain.checkpoint.manifest import INDEX, MANIFEST, DamagedCheckpoint
 from bigtrain.checkpoint.stored import Stored, StoredTensor, tensors_of
 from bigtrain.config.errors import UserError
 
@@ -116,14 +116,14 @@ class SafeReader(FileSystemReader):
 def read_index(folder: Path) -> Metadata:
     """DCP's index of `folder`. Raises pickle.UnpicklingError for anything but an index, or one that is not the one that
     was saved, OSError where there is none."""
-    content = (folder / ".metadata").read_bytes()
+    content = (folder / INDEX).read_bytes()
     if (folder / MANIFEST).is_file():  # a bit that flipped in a pickle may ask for all memory that there is
-        saved = manifest.parse((folder / MANIFEST).read_bytes()).files.get(".metadata")
+        saved = manifest.parse((folder / MANIFEST).read_bytes()).files.get(INDEX)
         if saved is None or saved.xxh3 != manifest.hash_of(content):
             raise pickle.UnpicklingError("its bytes have changed since it was saved")
     found = _IndexUnpickler(io.BytesIO(content)).load()
     if not isinstance(found, Metadata):
-        raise pickle.UnpicklingError(f"{folder}/.metadata holds a {type(found).__name__}, not an index")
+        raise pickle.UnpicklingError(f"{folder / INDEX} holds a {type(found).__name__}, not an index")
     return found
 
 
@@ -132,8 +132,8 @@ def tensors_in(folder: Path) -> dict[str, StoredTensor]:
     try:
         return tensors_of(read_index(folder))
     except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"checkpoint {folder}: its index .metadata cannot be read ({error})") from error
+        raise DamagedCheckpoint(f"checkpoint {folder}: its index {INDEX} cannot be read ({error})") from error
     except OSError as error:
-        raise UserError(f"checkpoint {folder}: its index .metadata cannot be read ({error.strerror})") from error
+        raise UserError(f"checkpoint {folder}: its index {INDEX} cannot be read ({error.strerror})") from error
     except Exception as error:  # a pickle that someone changed can raise anything, MemoryError too
-        raise DamagedCheckpoint(f"checkpoint {folder}: its index .metadata cannot be read ({error})") from error
+        raise DamagedCheckpoint(f"checkpoint {folder}: its index {INDEX} cannot be read ({error})") from error

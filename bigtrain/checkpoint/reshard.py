@@ -23,12 +23,13 @@ import torch
 
 from bigtrain.checkpoint import content_hash, layout, manifest, store
 from bigtrain.checkpoint import folder as folders
-from bigtrain.checkpoint.describe import INDEX, size
+from bigtrain.checkpoint.describe import size
 from bigtrain.checkpoint.dtypes import DTYPES, converted
 from bigtrain.checkpoint.layout import Layout, Piece
-from bigtrain.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest
+from bigtrain.checkpoint.manifest import INDEX, MANIFEST, DamagedCheckpoint, Manifest
 from bigtrain.checkpoint.pieces import PieceTensor
 from bigtrain.checkpoint.reader import tensors_in
+from bigtrain.checkpoint.saved_model import saved_model
 from bigtrain.checkpoint.stored import BLOCK_BYTES, Stored, StoredTensor
 from bigtrain.checkpoint.verify import uncovered
 from bigtrain.config.errors import UserError
@@ -287,16 +288,9 @@ def _of_layout(kept: Mapping[str, StoredTensor], model: ModelConfig, wanted: Lay
 
 def _model_of(source: Path, state: Mapping[str, Any]) -> ModelConfig:
     try:
-        model = ModelConfig(**state["config"]["model"])
-        numbers = (model.num_layers, model.hidden_size, model.num_query_groups, model.num_attention_heads)
-        if any(type(number) is not int or number < 1 for number in numbers):
-            raise ValueError(f"numbers {numbers}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {source}: its model is not one that this version knows ({error}), so no layout says who "
-            "writes what; use --files N"
-        ) from error
-    return model
+        return saved_model(source, state).model
+    except UserError as error:
+        raise UserError(f"{error}, so no layout says who writes what; use --files N") from error
 
 
 def _other_files(planned: Plan) -> dict[str, bytes]:

@@ -26,7 +26,7 @@ from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.reader import SafeReader, tensors_in
 from bigtrain.checkpoint.slices import Fragment, GlobalTensor, state_dict_of
-from bigtrain.checkpoint.stored import DamagedFile, Stored
+from bigtrain.checkpoint.stored import DamagedFile
 from bigtrain.checkpoint.writer import Check, Places, Saved, Writer
 from bigtrain.config.errors import UserError
 
@@ -99,17 +99,6 @@ def load_weights(folder: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
 
     Any checkpoint of this model's shapes will do, also one that has nothing else."""
     return _load(folder, [replace(each, tensors={"weight": each.tensors["weight"]}) for each in fragments])
-
-
-def load_full(folder: Path, kind: str = "weight") -> dict[str, torch.Tensor]:
-    """Every global tensor of one kind, whole, on this process alone. No process group is needed."""
-    whole: dict[str, torch.Tensor] = {}
-    with Stored(folder) as stored:
-        for name, tensor in tensors_in(folder).items():
-            if name.startswith(f"{kind}."):
-                whole[name.removeprefix(f"{kind}.")] = out = torch.empty(tensor.shape, dtype=tensor.dtype)
-                stored.read(tensor, (0,) * out.dim(), out)
-    return whole
 
 
 def check_shapes(folder: Path, wanted: Mapping[str, torch.Size]) -> None:

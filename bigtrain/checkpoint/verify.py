@@ -7,13 +7,14 @@ so it takes the memory of a block, not of a tensor.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigtrain.checkpoint import manifest
-from bigtrain.checkpoint.manifest import COMMITTED, MANIFEST, Manifest
+from bigtrain.checkpoint.manifest import COMMITTED, INDEX, MANIFEST, Manifest
 from bigtrain.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 """Is told the bytes that were read since it was last told."""
+_FEW = 3
+"""Names of tensors, where there may be hundreds."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,19 @@ def bytes_to_read(folder: Path, *, files_only: bool = False) -> int:
 
 
 def verify(folder: Path, *, files_only: bool = False, progress: Progress = lambda _: None) -> Verified:
-    """Compare a checkpoint with its manifest: every file, and unless `files_only` every tensor's content hash."""
+    """Compare a checkpoint with its manifest: every file, and unless `files_only` every tensor's content hash.
+
+    Tensors that were in what a file lost, or in a file that is gone, are told in the line of the file."""
     problems: list[str] = []
     known = _manifest(folder, problems)
     if known is None:
         return Verified(problems, 0, 0, 0)
-    problems += _files(folder, known, progress)
-    num_tensors = 0
+    of_files, of_tensors, num_tensors = dict(_files(folder, known, progress)), [], 0
     if not files_only:
         num_tensors = len(known.tensors)
-        problems += _tensors(folder, known, progress)
+        lost, of_tensors = _tensors(folder, known, of_files, progress)
+        of_files |= {name: f"{of_files[name]}, so {_unreadable(tensors)}" for name, tensors in lost.items()}
+    problems += [*(f"{name}: {problem}" for name, problem in of_files.items()), *of_tensors]
     return Verified(problems, len(known.files), num_tensors, sum(file.size_bytes for file in known.files.values()))
 
 
@@ -74,44 +80,64 @@ def _manifest(folder: Path, problems: list[str]) -> Manifest | None:
         return None
 
 
-def _files(folder: Path, known: Manifest, progress: Progress) -> Iterator[str]:
+def _files(folder: Path, known: Manifest, progress: Progress) -> Iterator[tuple[str, str]]:
+    """Files with something wrong, and what it is."""
     there = {path.name: path for path in sorted(folder.iterdir())}
     for name, expected in known.files.items():
-        if name not in there or not there[name].is_file():
-            yield f"{name}: the file is missing"
-            continue
         try:
-            found_bytes = there[name].stat().st_size
-            if found_bytes != expected.size_bytes:
-                yield f"{name}: it has {found_bytes:,} bytes, {MANIFEST} says {expected.size_bytes:,}"
+            found_bytes = there[name].stat().st_size if name in there and there[name].is_file() else None
+            if problem := manifest.size_problem(expected, found_bytes):
+                yield name, problem
             elif (found := manifest.file_of(there[name], progress).xxh3) != expected.xxh3:
-                yield f"{name}: its bytes have changed (hash {found}, {MANIFEST} says {expected.xxh3})"
+                yield name, f"its bytes have changed (hash {found}, {MANIFEST} says {expected.xxh3})"
         except OSError as error:
-            yield f"{name}: it cannot be read: {error.strerror}"
+            yield name, f"it cannot be read: {error.strerror}"
     for name in there:
         if name not in known.files and name not in (MANIFEST, COMMITTED):
-            yield f"{name}: {MANIFEST} does not know it"
+            yield name, f"{MANIFEST} does not know it"
 
 
-def _tensors(folder: Path, known: Manifest, progress: Progress) -> Iterator[str]:
+def _tensors(
+    folder: Path, known: Manifest, wrong_files: Iterable[str], progress: Progress
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Tensors that are lost, by file, and what is wrong with the others, which are read."""
     from bigtrain.checkpoint.reader import tensors_in
     from bigtrain.checkpoint.stored import Stored
 
     try:
         there = tensors_in(folder)
     except UserError as error:
-        yield f".metadata: no tensor was read: {str(error).removeprefix(f'checkpoint {folder}: ')}"
-        return
-    for name in sorted(known.tensors.keys() - there.keys()):
-        yield f"{name}: the index .metadata does not know it"
-    for name in sorted(there.keys() - known.tensors.keys()):
-        yield f"{name}: {MANIFEST} does not know it"
+        return {}, [f"{INDEX}: no tensor was read: {str(error).removeprefix(f'checkpoint {folder}: ')}"]
+    lost = _lost(folder, wrong_files, there)
+    problems = [f"{name}: the index {INDEX} does not know it" for name in sorted(known.tensors.keys() - there.keys())]
+    problems += [f"{name}: {MANIFEST} does not know it" for name in sorted(there.keys() - known.tensors.keys())]
     # a file at a time, as it was written
-    names = [name for name in there if name in known.tensors]
+    names = known.tensors.keys() & there.keys() - {name for names in lost.values() for name in names}
     with Stored(folder) as stored:
         for name in sorted(names, key=lambda name: [(each.file, each.start) for each in there[name].chunks[:1]]):
             if problem := _tensor(stored, there[name], known.tensors[name], progress):
-                yield f"{name}: {problem}"
+                problems.append(f"{name}: {problem}")
+    return lost, problems
+
+
+def _lost(folder: Path, wrong_files: Iterable[str], there: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
+    """By file that is gone or cut off, the tensors with a chunk in the part that is gone, weights first."""
+    sizes: dict[str, int] = {}
+    for name in wrong_files:
+        with suppress(OSError):
+            sizes[name] = (folder / name).stat().st_size if (folder / name).is_file() else 0
+    found: dict[str, list[str]] = {}
+    for name in sorted(there, key=lambda name: (not name.startswith("weight."), name)):
+        ends = [(chunk.file, chunk.start + chunk.length) for chunk in there[name].chunks]
+        for file in dict.fromkeys(file for file, end in ends if end > sizes.get(file, end)):
+            found.setdefault(file, []).append(name)
+    return found
+
+
+def _unreadable(tensors: list[str]) -> str:
+    count, first = len(tensors), ", ".join(tensors[:_FEW])
+    more = f" and {count - _FEW} more" if count > _FEW else ""
+    return f"{count} tensor{'s' if count > 1 else ''} cannot be read: {first}{more}"
 
 
 def _tensor(stored: Stored, tensor: StoredTensor, expected: manifest.Tensor, progress: Progress) -> str:

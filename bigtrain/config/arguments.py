@@ -5,14 +5,12 @@ A mistake is one line on stderr and exit status 2. No torch: ``--help`` and mist
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from bigtrain.config.errors import UserError
+from bigtrain.config.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -26,21 +24,11 @@ _NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def run(argv: Sequence[str], help_text: str, command: Callable[[list[str]], int]) -> int:
-    """The exit status of `command(argv)`: 2 after one line on stderr for what the user can fix, 130 for Ctrl-C. Prints
-    `help_text` where that is asked for."""
+    """The exit status of `command(argv)`: as `exit_status` says. Prints `help_text` where that is asked for."""
     if {"-h", "--help"} & set(argv):
         print(help_text.strip())
         return 0
-    try:
-        return command(list(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # who read our output has seen enough; the interpreter would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return exit_status(lambda: command(list(argv)))
 
 
 def joined(argv: Sequence[str], flag: str) -> list[str]:

@@ -50,8 +50,8 @@ def update_refused(optimizer: Any, device: torch.device) -> Iterator[None]:
     """A step() in the block finds a gradient norm that is not finite, so it drops the gradients and updates nothing.
 
     DeepSpeed has no call for that; its own path for an overflow clears what a step leaves behind
-    (stage_1_and_2.py:3050, stage3.py:2891, bf16_optimizer.py:402). Each kind of optimizer gets its norm from another
-    method."""
+    (zero/stage_1_and_2.py:3050, zero/stage3.py:2891, bf16_optimizer.py:402). Each kind of optimizer gets its norm from
+    another method."""
     infinite = torch.tensor(float("inf"), device=device)
     ways: dict[str, Any] = {
         "scaled_global_norm": lambda: infinite,  # stages 1 and 2

@@ -16,6 +16,7 @@ from typing import Any
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import hf_config
+from bigtrain.checkpoint.saved_model import saved_model
 from bigtrain.config import locations
 from bigtrain.config.errors import UserError
 from bigtrain.config.problem import Problem
@@ -23,7 +24,6 @@ from bigtrain.config.schema import Config, ModelConfig
 from bigtrain.data.tokenizer import FILES, HUGGING_FACE, Tokenizer
 
 KEY = "checkpoint.init_from"
-_HF_SETTINGS = "config.json"
 _OWN_TOKENIZER = "tokenizer"
 """Folder in the run's."""
 _MAY_DIFFER = {"name", "attention_dropout", "hidden_dropout", "init_std"}
@@ -37,7 +37,7 @@ def settled(config: Config) -> Config:
     if not named:
         return config
     newest = named
-    if not _is_hugging_face(Path(named)):
+    if not folders.is_hugging_face(Path(named)):
         with contextlib.suppress(UserError):  # `problems` tells it
             newest = str(folders.resolve(Path(named)))
     is_theirs = config.tokenizer.path in (named, newest)
@@ -79,7 +79,7 @@ def problems(config: Config) -> Iterator[Problem]:
             yield from _other_begin(config, folders.state_of(own))
             return
         folder, model = _opened(Path(named))
-        yield from _other_model(config.model, model, is_hugging_face=_is_hugging_face(folder))
+        yield from _other_model(config.model, model, is_hugging_face=folders.is_hugging_face(folder))
         yield from _other_tokenizer(config, folder)
     except UserError as error:
         message = str(error).removeprefix(f"checkpoint {named}: ").rstrip(".")
@@ -96,8 +96,8 @@ def _other_begin(config: Config, state: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _opened(path: Path) -> tuple[Path, ModelConfig]:
     """Raises UserError for what is neither."""
-    settings = path / _HF_SETTINGS
-    if _is_hugging_face(path):
+    settings = path / folders.HF_SETTINGS
+    if folders.is_hugging_face(path):
         try:
             return path, hf_config.from_theirs(json.loads(settings.read_bytes()), str(settings))
         except (OSError, ValueError, RecursionError) as error:
@@ -105,15 +105,7 @@ def _opened(path: Path) -> tuple[Path, ModelConfig]:
     if not path.is_dir():
         raise UserError("there is no such folder")
     folder = folders.resolve(path)
-    state = folders.state_of(folder)
-    try:
-        return folder, ModelConfig(**state["config"]["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"its model is not one that this version knows ({type(error).__name__}: {error})") from error
-
-
-def _is_hugging_face(path: Path) -> bool:
-    return (path / _HF_SETTINGS).is_file() and not (path / folders.STATE).is_file()
+    return folder, saved_model(folder, folders.state_of(folder)).model
 
 
 def _other_model(ours: ModelConfig, theirs: ModelConfig, *, is_hugging_face: bool) -> Iterator[Problem]:

@@ -19,13 +19,14 @@ from pathlib import Path
 from types import FrameType
 
 from bigtrain.config.schema import Config
-from bigtrain.config.status import HUNG, USER_ERROR
+from bigtrain.config.status import COME_BACK, HUNG, USER_ERROR
 from bigtrain.launching.environment import Place, free_port, rank_environment
 from bigtrain.telemetry.failures import SPOKEN_FOR
 
 POLL_S = 0.02
 SHOWN_LINES = 40
 """Of a failed rank's output."""
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 SETTLE_S = 2.0
 """A mistake of the user is seen by many ranks at once: so long may rank 0 take to say it on the terminal."""
 
@@ -68,7 +69,7 @@ class Ended:
 
     status: int
     """0, or that of the command that failed first (128 + n for signal n, as a shell says it), or 128 + n where signal n
-    was sent to us."""
+    was sent to us; COME_BACK where SIGUSR2 was sent to us or to them."""
     failed: Sequence[Child] = ()
     """Those that failed before the others were ended, the likeliest cause in front; none where a signal was sent to
     us."""
@@ -97,8 +98,8 @@ def watch(
     They have `linger_s` to fail by themselves before. `is_effect`: whether a failed one fell only because another did;
     that one is then waited for, up to SETTLE_S.
 
-    A signal sent to us (Ctrl-C, SIGTERM, SIGHUP) is passed on; a second one ends everything. Call it from the main
-    thread.
+    A signal sent to us (Ctrl-C, SIGTERM, SIGHUP, SIGUSR2) is passed on; a second one ends everything. Call it from the
+    main thread.
     """
     children: list[Child] = []
     failed: list[Child] = []
@@ -117,9 +118,14 @@ def watch(
             if sys.stdout.isatty():  # a rank that was killed had hidden the cursor for its live line
                 sys.stdout.write("\x1b[?25h")
                 sys.stdout.flush()
+    comes_back = any(child.process.returncode == COME_BACK for child in children)
+    if received and received[0] == signal.SIGUSR2:  # they may have been done, or not ready to listen
+        return Ended(COME_BACK if comes_back or failed else 0)
     if received:
         return Ended(128 + received[0])
-    return Ended(failed[0].status, failed, len(children) - len(failed)) if failed else Ended(0)
+    if failed:
+        return Ended(failed[0].status, failed, len(children) - len(failed))
+    return Ended(COME_BACK if comes_back else 0)
 
 
 @dataclass
@@ -180,13 +186,13 @@ def die_with_parent() -> Callable[[], None] | None:
 
 @contextlib.contextmanager
 def _received_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of acting on them."""
+    """Collect SIGINT, SIGTERM, SIGHUP and SIGUSR2 in a list instead of acting on them."""
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
 
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {signum: signal.signal(signum, note) for signum in PASSED_ON}
     try:
         yield received
     finally:
@@ -200,7 +206,7 @@ def _watch(children: Sequence[Child], received: list[int], is_effect: Callable[[
     passed_on, first_failure = 0, 0.0
     while True:
         codes = [child.process.poll() for child in children]
-        failed = [child for child, code in zip(children, codes, strict=True) if code]
+        failed = [child for child, code in zip(children, codes, strict=True) if code not in (None, 0, COME_BACK)]
         if failed and not first_failure:
             first_failure = time.monotonic()
         is_unclear = _only_logged(failed) or all(map(is_effect, failed))

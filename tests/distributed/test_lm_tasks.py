@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bigtrain.config.schema import ModelConfig
+from bigtrain.data.hf_files import hf_files
 from bigtrain.data.tokenizer import Tokenizer
 from tests import oracle
 from tests.distributed import small
@@ -53,6 +54,16 @@ def records_of(checkpoint: Path, tasks: Path, names: list[str], home: Path, tens
 
     loaded = load(open_model(checkpoint), device="cpu", tensor=tensor)
     return list(Tasks(names, include_path=str(tasks), batch_size=3).records(loaded))
+
+
+def metrics_of(records: list[dict[str, Any]]) -> dict[str, float]:
+    """By task and name."""
+    return {
+        f"{record['task']} {key}": value
+        for record in records
+        for key, value in record.items()
+        if key.endswith(",none") and "stderr" not in key
+    }
 
 
 def hf_of(checkpoint: Path, model: ModelConfig) -> Any:
@@ -123,6 +134,13 @@ def test_tasks_have_the_numbers_of_transformers(pool: PoolFactory, tmp_path: Pat
     assert found["own_choice"]["acc,none"] == 0.75 and found["own_choice"]["step"] == 1
     assert found["own_text"]["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert found["own_writing"]["exact_match,none"] == 0.75
+
+    hf.save_pretrained(tmp_path / "hf")
+    for name, content in hf_files(tokenizer).items():
+        (tmp_path / "hf" / name).write_bytes(content)
+    ranks = pool(tensor).run(records_of, tmp_path / "hf", tmp_path, names, tmp_path / "home", tensor, timeout_s=300.0)
+    assert [record["step"] for record in ranks[0]] == [0, 0, 0]
+    assert metrics_of(ranks[0]) == pytest.approx(metrics_of(list(found.values())), rel=1e-5), "as it lies there"
 
 
 def test_a_task_that_is_not_there(pool: PoolFactory, tmp_path: Path) -> None:

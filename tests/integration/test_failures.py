@@ -1,7 +1,8 @@
 """Ranks that crash and hang in real runs: all end, the cause is told, and the run goes on where that can help.
 
-The faults are real: signals, a pipe that nobody writes to, a limit of the process's memory.
-`tests/integration/faulty.py` puts them in. What the watchdogs of ranks agree on without a model: test_watchdogs.py.
+The faults are real: signals, a pipe that nobody writes to, a limit of the process's memory. `tools/faults/rank.py` puts
+them in; `tools/drill.py` does so with all of them in all phases, and test_drill.py with some. What the watchdogs of
+ranks agree on without a model: test_watchdogs.py.
 """
 
 from __future__ import annotations
@@ -30,20 +31,9 @@ from bigtrain.config.schema import (
 from bigtrain.config.status import HUNG
 from tests.integration.runs import DEADLINE_S, build_shards, committed, config_of, records
 from tests.unit.telemetry.wandb_log import read_finished
+from tools.faults.rank import Fault
 
 pytestmark = pytest.mark.slow
-LAUNCHER = """
-import sys
-from dataclasses import replace
-from bigtrain.config.frozen import load
-from bigtrain.launching import attempts, local
-well = local.rank_commands
-def faulty(config):
-    return [replace(each, arguments=[sys.executable, "-m", "tests.integration.faulty", config.run.dir])
-            for each in well(config)]
-local.rank_commands = faulty
-sys.exit(attempts.train(load(sys.argv[1])))
-"""
 STEPS = 10
 
 
@@ -92,14 +82,14 @@ class Failed:
 def run(config: Config, *, rank: int, place: str, call: int, act: str, once: bool = False) -> Failed:
     run_dir = Path(config.run.dir)
     frozen.save(config, run_dir)
-    fault = {"rank": rank, "place": place, "call": call, "act": act, "once": str(run_dir / "once") if once else ""}
+    fault = Fault(place, act, rank, call, notes=str(run_dir) if once else "")
     ended = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, str(run_dir)],
+        [sys.executable, "-m", "tools.faults.launcher", str(run_dir)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=DEADLINE_S,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **fault.environment()},
     )
     ledger = run_dir / "ledger" / "rank-00000.jsonl"
     return Failed(ended.returncode, ended.stdout.splitlines(), run_dir, time.time() - ledger.stat().st_mtime)
@@ -107,7 +97,7 @@ def run(config: Config, *, rank: int, place: str, call: int, act: str, once: boo
 
 def test_a_rank_that_is_stopped(data: Path, tmp_path: Path) -> None:
     config = replace(config_for(tmp_path / "run", data, step_s=4.0), tracker=TrackerConfig())
-    failed = run(config, rank=1, place="step", call=6, act="stop")
+    failed = run(config, rank=1, place="step", call=6, act="SIGSTOP")
     assert failed.status == HUNG, failed.lines
     verdict = failed.lines[-1].removeprefix("error: ")
     assert re.fullmatch(
@@ -143,7 +133,7 @@ def test_data_that_does_not_come(data: Path, tmp_path: Path) -> None:
 
 def test_a_rank_that_is_killed(data: Path, tmp_path: Path) -> None:
     config = replace(config_for(tmp_path / "run", data), tracker=TrackerConfig())
-    failed = run(config, rank=1, place="step", call=6, act="kill")
+    failed = run(config, rank=1, place="step", call=6, act="SIGKILL")
     assert failed.status == 137, failed.lines
     assert re.match(r"error: rank 1 was killed by SIGKILL \(.*oom_kill.*\), at step 6; its output: ", failed.lines[-1])
     assert failed.event("crash").items() >= {"rank": 1, "step": 6}.items()
@@ -162,7 +152,7 @@ def test_a_rank_that_raises_is_started_again_once(data: Path, tmp_path: Path) ->
     assert failed.status == 0, failed.lines
     at = failed.lines.index("restart 1 of 1")
     assert failed.lines[at + 1].startswith("error: rank 1: ValueError: a fault, at step 5; its output: ")
-    assert failed.lines[at - 2 : at] == ["[rank 1] ValueError: a fault", "[rank 1] that is a test's"]
+    assert failed.lines[at - 2 : at] == ["[rank 1] ValueError: a fault", "[rank 1] that is injected"]
     crash = {"kind": "event", "name": "crash", "rank": 1, "cause": "rank 1: ValueError: a fault", "step": 5}
     assert failed.event("crash") == crash and failed.event("resume")["step"] == 4
     assert failed.steps == list(range(1, STEPS + 1)), "each step once"

@@ -17,7 +17,7 @@ import pytest
 from bigtrain.config import frozen
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
-from bigtrain.config.status import HUNG
+from bigtrain.config.status import COME_BACK, HUNG
 from bigtrain.launching.local import Child, Command, run, watch
 from bigtrain.launching.lock import only_launch
 
@@ -164,6 +164,18 @@ def test_signals_are_passed_on(tmp_path: Path, signum: signal.Signals) -> None:
     assert process.wait(20) == 128 + signum
     assert all(is_gone(pid) for pid in pids)
     assert [(tmp_path / f"{name}.got").read_text() for name in "01"] == [str(int(signum))] * 2
+
+
+def test_ranks_that_a_warning_stopped_have_not_failed(tmp_path: Path) -> None:
+    """SIGUSR2, from whomever: the status says that the run is to be started again."""
+    stopped = python(0, f"raise SystemExit({COME_BACK})")
+    ended = watch([stopped, python(1, f"import time; time.sleep(1); open({str(tmp_path / 'ended')!r}, 'w').close()")])
+    assert (ended.status, ended.failed) == (COME_BACK, ()) and (tmp_path / "ended").exists()
+    code = "import signal, sys; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(status * sys.argv[1].endswith('0')));"
+    process, pids = launcher(tmp_path, f"status = {COME_BACK}; {code} {SLEEPER}")
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(20) == COME_BACK
+    assert all(is_gone(pid) for pid in pids)
 
 
 def test_a_second_signal_ends_those_that_did_not_listen(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import manifest, store
 from bigtrain.checkpoint.hf_names import our_shapes
 from bigtrain.config.schema import ModelConfig
+from tests.torch_reader import read_by_torch
 from tests.unit.data.conftest import load_tool
 from tests.unit.hf_models import LLAMA
 
@@ -62,8 +63,7 @@ def flip(file: Path, position: int) -> None:
 
 def place_of(folder: Path, name: str) -> tuple[Path, int]:
     """The file and the byte where a tensor's numbers are, found by looking for them."""
-    whole = store.load_full(folder, name.partition(".")[0])[name.partition(".")[2]]
-    numbers = whole.flatten()[:64].numpy().tobytes()
+    numbers = read_by_torch(folder)[name].flatten()[:64].numpy().tobytes()
     for file in sorted(folder.glob("*.distcp")):
         if (at := file.read_bytes().find(numbers)) >= 0:
             return file, at

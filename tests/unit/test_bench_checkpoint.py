@@ -56,6 +56,20 @@ def test_what_is_saved_behind_the_training_is_there(bench: Any, tmp_path: Path) 
         found.check()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_resharded_is_what_was_saved(bench: Any, tmp_path: Path) -> None:
+    contenders, state = bench("checkpoint_contenders"), bench("checkpoint_state")
+    shapes = state.shapes_for(1)
+    for folder in ("ours", "new"):
+        (tmp_path / folder).mkdir()
+    contenders.save_ours(state.State(shapes, 0, 1, True).fill(), tmp_path / "ours")
+    for name, reshard in contenders.RESHARDS.items():
+        reshard(tmp_path / "ours", tmp_path / "new" / name)
+        found = state.State(shapes, 0, 1, True)
+        contenders.load_ours(found, tmp_path / "new" / name)
+        found.check()
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_ranks_hold_every_element_once(bench: Any, world: int) -> None:
     state = bench("checkpoint_state")
@@ -84,7 +98,7 @@ def test_the_names_are_those_of_the_contenders(bench: Any) -> None:
 def test_an_unknown_contender_or_too_small_a_disk_is_refused() -> None:
     unknown = run("--only", "save:nothing")
     assert unknown.returncode == 2
-    assert "error: --only save:nothing: choose of save, load, async, save:raw" in unknown.stderr
+    assert "error: --only save:nothing: choose of save, load, async, reshard, save:raw" in unknown.stderr
     full = run("--params", "1e15", "--dir", "/tmp")
     assert full.returncode == 2
     assert "the bench needs" in full.stderr and "Traceback" not in full.stderr

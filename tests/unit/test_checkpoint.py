@@ -117,6 +117,9 @@ def test_resolve_takes_a_run_or_its_checkpoints(tmp_path: Path) -> None:
     for missing in (tmp_path / "nothing", tmp_path / "step-00000001"):
         with pytest.raises(UserError, match=missing.name):
             folders.resolve(missing)
+    carried = made.rename(tmp_path / "mine")
+    (carried / folders.STATE).unlink()
+    assert folders.resolve(carried) == carried, "what it has lost is told by who reads it"
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 99}', "{"])

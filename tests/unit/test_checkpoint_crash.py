@@ -6,6 +6,7 @@ and file that is made. The cases go through all of them, until a save survives.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -136,6 +137,28 @@ def test_a_full_disk_fails_the_save_and_leaves_the_one_before(
     (small_disk / "other").unlink()
     save(small_disk, 3, keep=5)
     assert load(folders.resolve(small_disk / "latest")) == 3
+
+
+def test_a_disk_that_is_full_once_all_but_the_marker_is_written(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A marker that is there, and empty, would count."""
+    save(small_disk, 1, keep=5)
+    sync = folders.sync
+
+    def filled(path: Path) -> None:
+        sync(path)
+        if path == small_disk and folders.path_of(small_disk, 2).exists():
+            with contextlib.suppress(OSError), (small_disk / "other").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    monkeypatch.setattr(folders, "sync", filled)
+    with pytest.raises(store.SaveError, match="No space left on device"):
+        save(small_disk, 2, keep=5)
+    assert (small_disk / "other").exists()
+    assert folders.committed(small_disk) == [folders.path_of(small_disk, 1)]
+    assert not folders.path_of(small_disk, 2).exists()
 
 
 def room_of(folder: Path) -> int:

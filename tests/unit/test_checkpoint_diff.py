@@ -131,6 +131,26 @@ def test_numbers_that_are_none_and_zeros_with_signs(tmp_path: Path) -> None:
     assert (both.num_different, both.largest, both.index) == (1, 1.0, (2,))
 
 
+@pytest.mark.parametrize(
+    ("part", "whole", "shown"),
+    [
+        (0, 5, "0 %"),
+        (1, 20_000, "<0.01 %"),
+        (1, 64, "1.56 %"),
+        (5, 50, "10 %"),
+        (997, 1000, "99.7 %"),
+        (99_989, 100_000, "99.99 %"),
+        (10**8 - 1, 10**8, ">99.99 %"),
+        (5, 5, "100 %"),
+        (0, 0, "0 %"),
+    ],
+)
+def test_a_share_is_all_or_none_only_where_it_is(part: int, whole: int, shown: str) -> None:
+    values = comparing.Values(part, whole, 0.5, (0,), 0.1)
+    found = comparing.Comparison(0, [comparing.Difference("weight.w", "a", "b", values)], [], {})
+    assert f"{part:,} of {whole:,} elements ({shown}), largest" in comparing.lines(found, "A", "B")[2]
+
+
 def test_entries_of_the_settings(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     second = save(
         tmp_path / "b", tensors(), versions={"bigtrain": "0.2.0"}, config={"optim": {"lr": 0.002}, "x": "y" * 99}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,13 +98,32 @@ def test_one_that_was_never_committed(run: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_damaged_one_shows_what_is_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = run / "checkpoints" / "step-00000300"
-    (newest / "state.json").write_text("{")
+    state = (newest / "state.json").read_bytes()
+    (newest / "state.json").write_bytes(b"[" + state[1:])
     assert main(["inspect", str(newest)]) == 1
     said = capsys.readouterr()
     assert "parameters" in said.out and said.err.startswith("problem: ") and "state.json cannot be read" in said.err
     flip(newest / "manifest.json", 100)
     assert main(["inspect", str(newest)]) == 1
     assert "manifest.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json", "tokenizer.model"])
+def test_a_file_that_is_missing_or_cut_off(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = run / "checkpoints" / "step-00000300"
+    file = newest / name
+    whole = file.stat().st_size
+    for found, damage in (
+        (f"it has {whole - 3:,} bytes", lambda: os.truncate(file, whole - 3)),
+        ("the file is missing", file.unlink),
+    ):
+        damage()
+        assert main(["inspect", str(run)]) == 1
+        said = capsys.readouterr()
+        assert said.err == f"problem: checkpoint {newest}: {name}: {found}, manifest.json says {whole:,} bytes\n"
+        assert "parameters" in said.out
+        assert main(["inspect", str(run), "--json"]) == 1
+        assert json.loads(capsys.readouterr().out)["problems"] == [said.err.removeprefix("problem: ").rstrip()]
 
 
 def test_one_of_weights_that_were_imported(tmp_path: Path) -> None:

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from bigtrain.checkpoint import folder as folders
@@ -26,6 +24,7 @@ from bigtrain.checkpoint.slices import Fragment
 from bigtrain.checkpoint.verify import verify
 from bigtrain.config.errors import UserError
 from bigtrain.distributed.sharding import Shard
+from tests.torch_reader import read_by_torch
 from tests.unit.checkpoints import flip, main, place_of, save, tensors
 from tests.unit.hf_models import GPT2, LLAMA
 
@@ -47,17 +46,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def hashes(folder: Path) -> dict[str, str]:
     fields = json.loads((folder / manifest.MANIFEST).read_bytes())
     return {name: tensor["hash"] for name, tensor in fields["tensors"].items()}
-
-
-def read_by_torch(folder: Path) -> dict[str, torch.Tensor]:
-    """With nothing of ours."""
-    index = FileSystemReader(folder).read_metadata().state_dict_metadata
-    found: dict[str, Any] = {
-        name: torch.full(meta.size, 7, dtype=meta.properties.dtype)  # type: ignore[union-attr]
-        for name, meta in index.items()
-    }
-    dcp.load(found, checkpoint_id=folder, no_dist=True)
-    return found
 
 
 @pytest.mark.usefixtures("small_chunks")

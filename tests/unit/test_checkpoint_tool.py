@@ -71,6 +71,34 @@ def test_one_error_and_no_traceback(arguments: list[str], message: str, capsys: 
     assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith(f"error: {message}")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "HF"],
+        ["verify", "HF"],
+        ["verify", "HF", "--all"],
+        ["diff", "HF", "HF"],
+        ["reshard", "HF", "x"],
+        ["export-hf", "HF", "x"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("name", ["llama", "step-00000300"])
+def test_a_hugging_face_folder_is_told_from_a_checkpoint(
+    tmp_path: Path, arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    places = {"HF": str(folder), "x": str(tmp_path / "x")}
+    assert main([places.get(each, each) for each in arguments]) == 2
+    said = capsys.readouterr()
+    make = f"python tools/checkpoint.py import-hf {folder} CKPT"
+    assert said.out == ""
+    assert said.err == f"error: checkpoint {folder}: it is a Hugging Face folder. Make a checkpoint of it: {make}\n"
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("arguments", [[], ["export-hf"], ["export-hf", "a", "b", "--shard-gb", "0"], ["melt"]])
 def test_arguments_that_are_wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:

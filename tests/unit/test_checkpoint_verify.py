@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import manifest
-from bigtrain.checkpoint.describe import INDEX
+from bigtrain.checkpoint.manifest import INDEX
 from bigtrain.checkpoint.reader import read_index, tensors_in
+from bigtrain.checkpoint.reshard import plan, reshard
 from bigtrain.checkpoint.stored import Chunk
 from bigtrain.checkpoint.verify import uncovered, verify
 from tests.unit.checkpoints import commit_again, flip, main, place_of, save, tensors
@@ -78,10 +80,10 @@ def damage(checkpoint: Path, how: str) -> None:
 
 DAMAGE = [
     ("number", {f"{EMBEDDING}: its numbers have changed", "__0_0.distcp: its bytes have changed"}),
-    ("truncated", {"__0_0.distcp: it has 1,3", "exp_avg_sq.output_layer.weight: it cannot be read: __0_0.distcp"}),
-    ("missing", {"__0_0.distcp: the file is missing", f"{EMBEDDING}: it cannot be read: __0_0.distcp is missing"}),
+    ("truncated", {"__0_0.distcp: it has 1,3"}),
+    ("missing", {"__0_0.distcp: the file is missing, manifest.json says 1,"}),
     ("index", {".metadata: its bytes have changed", ".metadata: no tensor was read"}),
-    ("state", {"state.json: it has 2 bytes"}),
+    ("state", {"state.json: it has 2 bytes, manifest.json says "}),
     ("tokenizer", {"tokenizer.model: its bytes have changed"}),
     ("unknown", {"stray: manifest.json does not know it"}),
     ("marker", {"COMMITTED: it is missing, so this checkpoint was never committed"}),
@@ -100,8 +102,31 @@ def test_damage_is_found_and_named(
     assert "damaged" in said.out and "Traceback" not in said.err
     for each in expected:
         assert f"{checkpoint}: {each}" in said.err, said.err
-    if how in ("number", "state", "tokenizer", "unknown", "marker"):
+    if how in ("number", "truncated", "missing", "state", "tokenizer", "unknown", "marker"):
         assert said.err.count("\n") == len(expected), said.err
+
+
+def test_one_line_for_all_that_a_file_has_lost(tmp_path: Path) -> None:
+    """Of a checkpoint in two files."""
+    whole = save(tmp_path / "a", tensors())
+    halves = reshard(plan(whole, num_files=2), tmp_path / "b")
+    ends = {
+        name: [chunk.start + chunk.length for chunk in tensor.chunks if chunk.file == "__1_0.distcp"]
+        for name, tensor in tensors_in(halves).items()
+    }
+    file = halves / "__1_0.distcp"
+    size, kept = file.stat().st_size, file.stat().st_size // 3
+    os.truncate(file, kept)
+    for found_bytes in (kept, 0):
+        lost = sorted(name for name, places in ends.items() if any(end > found_bytes for end in places))
+        (problem,) = verify(halves).problems
+        first = sorted(lost, key=lambda name: (not name.startswith("weight."), name))[:3]
+        assert problem.endswith(f", so {len(lost)} tensors cannot be read: {', '.join(first)} and {len(lost) - 3} more")
+        what = f"it has {kept:,} bytes" if found_bytes else "the file is missing"
+        assert problem.startswith(f"__1_0.distcp: {what}, manifest.json says {size:,} bytes, so ")
+        assert 3 < len(lost) < len(ends)
+        assert len(verify(halves, files_only=True).problems) == 1
+        file.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("how", ["number", "truncated", "missing", "index", "manifest"])

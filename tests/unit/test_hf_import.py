@@ -23,6 +23,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ModelConfig
 from bigtrain.distributed.sharding import Shard
 from tests import oracle
+from tests.torch_reader import weights_by_torch
 from tests.unit.hf_models import GPT2, LLAMA, logits, params, weights, write
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,7 +70,7 @@ def test_back_and_there_is_the_same(model: ModelConfig, tmp_path: Path) -> None:
     write(tmp_path / "run", model, tensors)
     export(tmp_path / "run", tmp_path / "hf", text=Text())
     done = import_folder(tmp_path / "hf", tmp_path / "again", files={"tokenizer.model": b"t"})
-    found = store.load_full(done.folder)
+    found = weights_by_torch(done.folder)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert done.model == dataclasses.replace(model, name="hf")
@@ -86,7 +87,7 @@ def test_the_vocabulary_is_padded_and_cut_again(tmp_path: Path) -> None:
         ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
         ("output_layer.weight", "lm_head.weight"),
     ):
-        rows = store.load_full(done.folder)[name]
+        rows = weights_by_torch(done.folder)[name]
         assert rows.shape == (512, 64)
         assert torch.equal(rows[:420], there[theirs])
         torch.testing.assert_close(rows[420:], there[theirs].mean(dim=0).expand(92, -1), rtol=0, atol=1e-6)
@@ -108,7 +109,7 @@ def test_mixed_dtypes_lose_nothing(tmp_path: Path) -> None:
     save_file(there, tmp_path / "there" / "model.safetensors")
     done = import_folder(tmp_path / "there", tmp_path / "run", files={})
     assert done.dtype == "fp32"
-    assert torch.equal(store.load_full(done.folder)["decoder.final_layernorm.weight"], there["model.norm.weight"])
+    assert torch.equal(weights_by_torch(done.folder)["decoder.final_layernorm.weight"], there["model.norm.weight"])
 
 
 def test_openais_names_and_buffers(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ FILES = {
     "comm/torch.py": (DEEPSPEED, "deepspeed/comm/torch.py"),
     "zero/stage3.py": (DEEPSPEED, "deepspeed/runtime/zero/stage3.py"),
     "zero/stage_1_and_2.py": (DEEPSPEED, "deepspeed/runtime/zero/stage_1_and_2.py"),
+    "bf16_optimizer.py": (DEEPSPEED, "deepspeed/runtime/bf16_optimizer.py"),
     "zero/utils.py": (DEEPSPEED, "deepspeed/runtime/zero/utils.py"),
     "engine.py": (DEEPSPEED, "deepspeed/runtime/engine.py"),
     "parameter_offload.py": (DEEPSPEED, "deepspeed/runtime/zero/parameter_offload.py"),
@@ -57,6 +58,9 @@ CITED = {
     ("engine/gather.py", "parameter_offload.py", 438): "module.ds_grads_remaining = 0",
     ("engine/gather.py", "partitioned_param_coordinator.py", 498): "if self.is_complete_trace() else set(",
     ("engine/mpu.py", "engine.py", 3132): "using ZeRO stage 0",
+    ("engine/deepspeed_patches.py", "zero/stage_1_and_2.py", 3050): "if self.overflow:",
+    ("engine/deepspeed_patches.py", "zero/stage3.py", 2891): "self._loss_scale_update_and_overflow_cleanup()",
+    ("engine/deepspeed_patches.py", "bf16_optimizer.py", 402): "is_invalid_grad_norm(all_groups_norm)",
     ("model/norms.py", "torch_norm.py", 32): "assert not config.sequence_parallel",
 }
 """(our file, the vendor's file, line) and what must stand there."""

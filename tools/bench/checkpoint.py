@@ -1,6 +1,6 @@
 """Speed of saving and loading a checkpoint, against what a user would pick instead, and against the disk.
 
-    make bench-checkpoint                                             all of it; 20 minutes on 2 cores, 15 GB of disk
+    make bench-checkpoint                                             all of it; 25 minutes on 2 cores, 15 GB of disk
     python tools/bench/checkpoint.py --ranks 1 --only save,async:ours       some parts, or some contenders of a part
     python tools/bench/checkpoint.py --params 1e6 --rounds 1 --dir /dev/shm   a quick look
 
@@ -16,6 +16,8 @@ load    into memory that is there, cold (its files dropped from the page cache) 
 async   the stall of the second save and later ones, against a plain copy into touched memory just before it, and what
         a loop of matrix products on the same threads loses while the save runs behind it: seconds of the save, less
         the steps done in it at the speed before it.
+reshard tools/checkpoint.py's, to as many files and to four, against a copy of the folder with its files fsynced; on one
+        process, from the plan to the commit.
 memory  highest resident set while it saves or loads, above what was there before; the highest of the ranks. Of load
         safetensors part of it is the mapped file.
 """
@@ -41,9 +43,11 @@ PARTS = {
     "save": ("raw", "direct", "torch.save", "safetensors", "dcp", "ours", "ours-unhashed"),
     "load": ("raw", "torch.load", "safetensors", "dcp", "dcp-of-ours", "ours", "ours-unchecked"),
     "async": ("dcp", "dcp-kept", "ours"),
+    "reshard": ("copy", "ours", "ours-4-files"),
 }
 SOURCES = {"torch.load": "torch.save", "dcp-of-ours": "ours", "ours-unchecked": "ours"}
-"""Whose files a load reads, where it is not its own name's."""
+SOURCES |= dict.fromkeys(PARTS["reshard"], "ours")
+"""Whose files are read, where they are not its own name's."""
 
 
 def main() -> int:
@@ -97,14 +101,14 @@ def chosen(only: list[str] | None) -> dict[str, list[str]]:
         part: [name for name in names if only is None or part in only or f"{part}:{name}" in only]
         for part, names in PARTS.items()
     }
-    needed = {SOURCES.get(name, name) for name in wanted["load"]}
+    needed = {SOURCES.get(name, name) for name in wanted["load"] + wanted["reshard"]}
     wanted["save"] = [name for name in PARTS["save"] if name in wanted["save"] or name in needed]
     return wanted
 
 
 def check_room(folder: Path, wanted: dict[str, list[str]], num_parameters: int) -> None:
     """Raises OSError where the disk cannot hold what stands on it at the same time."""
-    kept = {SOURCES.get(name, name) for name in wanted["load"]}
+    kept = {SOURCES.get(name, name) for name in wanted["load"] + wanted["reshard"]}
     needed = int((len(kept) + 1) * num_parameters * 12 * 1.02)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -118,12 +122,14 @@ def rounds(options: argparse.Namespace, wanted: dict[str, list[str]], folder: Pa
     found: Found = {
         "parameters": options.params,
         "load_before": os.getloadavg()[0],
-        "figures": {str(ranks): {part: {name: [] for name in names} for part, names in wanted.items() if names}
-                    for ranks in options.ranks},
-    }  # fmt: skip
+        "figures": {
+            str(ranks): {part: {name: [] for name in names} for part, names in parts_of(wanted, ranks).items()}
+            for ranks in options.ranks
+        },
+    }
     for number in range(options.rounds):
         for ranks in options.ranks:
-            for part, name in order(wanted, number):
+            for part, name in order(parts_of(wanted, ranks), number):
                 figures = launch(options, f"{part}:{name}", ranks, folder)
                 found["figures"][str(ranks)][part][name].append(figures)
                 where = f"round {number + 1} of {options.rounds}, {ranks} ranks"
@@ -135,6 +141,11 @@ def rounds(options: argparse.Namespace, wanted: dict[str, list[str]], folder: Pa
         if options.json:  # so that a run that is ended early leaves its rounds
             options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
+
+
+def parts_of(wanted: dict[str, list[str]], ranks: int) -> dict[str, list[str]]:
+    """Those that have contenders. The tool that reshards has no ranks."""
+    return {part: names for part, names in wanted.items() if names and (part != "reshard" or ranks == 1)}
 
 
 def order(wanted: dict[str, list[str]], number: int) -> Iterator[tuple[str, str]]:

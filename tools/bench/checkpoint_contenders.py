@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -195,7 +197,26 @@ ASYNC: dict[str, tuple[bool, Callable[[], Callable[[State, Path], Future[Any]]]]
     "ours": (True, OursInBackground),
 }
 """By name: whether its state is flat, and what starts saves, one after the other."""
-PARTS: dict[str, dict[str, Any]] = {"save": SAVES, "load": LOADS, "async": ASYNC}
+
+
+def copied(source: Path, out: Path) -> None:
+    shutil.copytree(source, out)
+    for path in [*out.rglob("*"), out]:
+        _sync(path)
+
+
+def resharded(source: Path, out: Path, num_files: int = 0) -> None:
+    from bigtrain.checkpoint.reshard import plan, reshard
+
+    reshard(plan(_ours_in(source), num_files=num_files), out)
+
+
+RESHARDS: dict[str, Callable[[Path, Path], None]] = {
+    "copy": copied,
+    "ours": resharded,
+    "ours-4-files": partial(resharded, num_files=4),
+}
+PARTS: dict[str, dict[str, Any]] = {"save": SAVES, "load": LOADS, "async": ASYNC, "reshard": RESHARDS}
 
 
 def _run_state() -> dict[str, Any]:

@@ -28,7 +28,7 @@ def contend(options: argparse.Namespace) -> dict[str, float]:
     world = int(os.environ["WORLD_SIZE"])
     if world > 1:
         dist.init_process_group("gloo")
-    return {"save": bench_save, "load": bench_load, "async": bench_async}[part](name, options)
+    return {"save": bench_save, "load": bench_load, "async": bench_async, "reshard": bench_reshard}[part](name, options)
 
 
 def bench_save(name: str, options: argparse.Namespace) -> dict[str, float]:
@@ -136,6 +136,19 @@ class Steps:
             self()
             count += 1
         return count, time.perf_counter() - begin
+
+
+def bench_reshard(name: str, options: argparse.Namespace) -> dict[str, float]:
+    from checkpoint_contenders import RESHARDS, SAVES
+
+    source, toy, out = options.dir / "ours", fresh(options.dir / "toy"), fresh(options.dir / "resharded")
+    is_flat, save = SAVES["ours"]
+    save(state_of(TOY_PARAMETERS, is_flat).fill(), toy)
+    RESHARDS[name](toy, out / "toy")
+    settle()
+    read_through(source)
+    figures = timed(lambda: RESHARDS[name](source, out / "new"))
+    return figures | {"num_bytes": total(state_of(options.params, True).num_bytes)}
 
 
 def state_of(num_parameters: int, is_flat: bool) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 Found = dict[str, Any]
 """``figures``: by number of ranks, part and contender, one entry a round."""
 Lines = dict[str, list[dict[str, float]]]
-HASH_SHARE, STALL, RAW_SHARE, LOAD_SHARE = 0.05, 1.3, 0.8, 1.0
-"""What is wanted of ours: at most, at most, at least, at least."""
+HASH_SHARE, STALL, RAW_SHARE, LOAD_SHARE, RESHARD = 0.05, 1.3, 0.8, 1.0, 2.5
+"""What is wanted of ours: at most, at most, at least, at least, at most."""
 
 
 def tables(found: Found) -> str:
@@ -18,7 +18,7 @@ def tables(found: Found) -> str:
         for part, lines in parts.items():
             size = next(iter(lines.values()))[0]["num_bytes"] / 1e9
             rows += ["", f"{part}, {ranks} rank{'s' * (ranks != '1')}, {size:.3g} GB"]
-            rows += {"save": _save, "load": _load, "async": _async}[part](lines)
+            rows += {"save": _save, "load": _load, "async": _async, "reshard": _reshard}[part](lines)
     return "\n".join([*rows, "", "Medians; in brackets the lowest and the highest of the rounds."])
 
 
@@ -73,6 +73,16 @@ def _async(lines: Lines) -> list[str]:
                 for mine, theirs in zip(lines["ours"], lines[other], strict=True)
             ]
             rows += _wanted(f"training lost to ours, stall and behind, of {other}'s", lost)
+    return rows
+
+
+def _reshard(lines: Lines) -> list[str]:
+    rows = [f"{'contender':16}{'seconds':>22}{'CPU s':>7}{'memory MB':>11}   seconds of the copy's"]
+    for name, figures in lines.items():
+        numbers = f"{_spread(figures, 'seconds_s'):>22}{_median(figures, 'cpu_s'):>7.1f}"
+        numbers += f"{_median(figures, 'peak_bytes') / 1e6:>11.0f}"
+        rows.append(f"{name:16}{numbers}   {_speed(lines, 'copy', name, 'seconds_s')}")
+    rows += _wanted("ours of a copy", _speeds(lines, "copy", "ours", "seconds_s"), f"at most {RESHARD}")
     return rows
 
 

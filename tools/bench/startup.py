@@ -4,10 +4,10 @@
     python tools/bench/startup.py --ranks 2 --rounds 3
 
 ours  `python -m bigtrain.launch` as a user types it, until the line of step 1 stands in metrics.jsonl. Its data are
-      prepared before. The launcher tells how long each phase took; what they leave is the interpreter of the launcher, its
-      checks and the first step.
+      prepared before. The console tells how long each phase took; what is left are two interpreters, the launcher's
+      checks, and what is not a phase.
 bare  a script, by torchrun where there are more ranks than one, that imports the same packages (every module of others
-      that a rank of ours has loaded, in the order in which it was), joins the ranks over gloo, and ends there. It trains
+      that a rank of ours has loaded, in the same order), joins the ranks over gloo, and ends there. It trains
       nothing.
 
 Each runs in fresh processes, in turn. A ratio is of the same round: their median, and the lowest and highest. Nothing
@@ -83,7 +83,7 @@ def command(folder: Path, name: str, ranks: int, *more: str) -> list[str]:
 
 
 def list_modules(folder: Path, modules: Path) -> None:
-    """The data are prepared, and `modules` gets the modules of others that a rank has loaded when step 1 is recorded."""
+    """The data are prepared, and `modules` gets the modules of others that a rank has loaded by the end of step 1."""
     subprocess.run(command(folder, "listing", 1, "--freeze"), cwd=folder, check=True, stdout=subprocess.DEVNULL)
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     arguments = [sys.executable, "-c", LISTING, str(folder / "listing"), str(modules)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -70,13 +71,17 @@ def outcome(certificate: Certificate) -> str:
 
 def summary(certificate: Certificate) -> str:
     """A table of the largest relative deviations from the oracle."""
-    table = [list(COLUMNS), *map(cells, certificate.rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS) - 1)]
-    lines = [
+    lines = aligned([list(COLUMNS), *map(cells, certificate.rows)])
+    return "\n".join(["", *lines, "", LEGEND, bounds_line(certificate), outcome(certificate)])
+
+
+def aligned(table: list[list[str]]) -> list[str]:
+    """Rows of one length as lines, with the columns below each other; the last one is as wide as it is."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)][:-1]
+    return [
         "  ".join([*(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)), line[-1]])
         for line in table
     ]
-    return "\n".join(["", *lines, "", LEGEND, bounds_line(certificate), outcome(certificate)])
 
 
 def require_writable(*paths: Path) -> None:
@@ -116,7 +121,11 @@ def write(certificate: Certificate, to_json: Path, to_page: Path) -> None:
             for row in certificate.rows
         ],
     }
-    texts = {to_json: json.dumps(record, indent=1) + "\n", to_page: _page(certificate, versions)}
+    write_texts({to_json: json.dumps(record, indent=1) + "\n", to_page: _page(certificate, versions)})
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Also makes the folders of these files. Raises UserError where one cannot be written."""
     for path, text in texts.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,10 +135,6 @@ def write(certificate: Certificate, to_json: Path, to_page: Path) -> None:
 
 
 def _page(certificate: Certificate, versions: dict[str, str]) -> str:
-    def line(tag: str, texts: list[str], bad: bool = False) -> str:
-        mark = " class=bad" if bad else ""
-        return f"<tr{mark}>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
-
     rows = [line("th", list(COLUMNS)), *(line("td", cells(row), row.is_bad) for row in certificate.rows)]
     shown = [
         outcome(certificate),
@@ -141,8 +146,19 @@ def _page(certificate: Certificate, versions: dict[str, str]) -> str:
         bounds_line(certificate),
         ", ".join(f"{name} {number}" for name, number in versions.items()),
     ]
+    return whole_page("Layouts", "Every layout, one run", shown, rows)
+
+
+def line(tag: str, texts: Sequence[str], bad: bool = False) -> str:
+    """A row of a page's table."""
+    mark = " class=bad" if bad else ""
+    return f"<tr{mark}>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
+
+
+def whole_page(title: str, heading: str, shown: Sequence[str], rows: Sequence[str]) -> str:
+    """A page of some paragraphs and a table of such rows."""
     paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in shown)
     return (
-        f"<!doctype html><meta charset=utf-8><title>Layouts</title><style>{STYLE}</style><h1>Every layout, one run</h1>"
+        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{heading}</h1>"
         f"{paragraphs}<table>{''.join(rows)}</table>\n"
     )
