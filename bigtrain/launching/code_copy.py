@@ -27,10 +27,11 @@ PACKAGE = Path(bigtrain.__file__).resolve().parent
 
 
 def copy_code(folder: Path, package: Path = PACKAGE) -> None:
-    """Make `folder` a copy of the package, all of it or nothing; one that is the same already stays untouched.
+    """Make `folder` a copy of the package, all of it or nothing; one that is the same already stays untouched, but a
+    link to one (`link_code`) is replaced, by what will not change with the other's.
 
     Raises UserError where it cannot be written."""
-    if same_code(folder, package):
+    if same_code(folder, package) and not folder.is_symlink():
         return
     aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:

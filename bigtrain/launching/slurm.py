@@ -110,7 +110,12 @@ class QueuedJob:
         return any(path.is_relative_to(folder) for path in self.paths)
 
     def trains_in(self, run_dir: Path) -> bool:
-        return self.is_in(run_dir) or os.path.lexists(slurm_folder(run_dir) / (self.name + SUBMISSION))
+        """By its own script, or by the link to it that a task of an array leaves (`_link`). The number alone would not
+        do: a cluster that is set up anew gives it again."""
+        if self.is_in(run_dir):
+            return True
+        link = slurm_folder(run_dir) / (self.name + SUBMISSION)
+        return link.is_symlink() and self.is_in(Path(os.path.normpath(link.parent / os.readlink(link))).parent)
 
 
 def queue(config: Config) -> list[QueuedJob]:

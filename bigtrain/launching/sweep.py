@@ -142,9 +142,9 @@ def submitted(sweep: Sweep, jobs: Sequence[str]) -> str:
     """What to tell the user of a sweep whose runs are in the queue."""
     cluster, array = sweep.first.cluster, jobs[0].partition("_")[0]
     first = sweep.runs[0].run_dir / "logs" / "slurm" / f"{jobs[0]}_0_log"
+    what = f"job array {array}: {len(jobs)} runs" if len(jobs) > 1 else f"job {array}: one run"
     return (
-        f"submitted job array {array}: {len(jobs)} runs, each {cluster.num_nodes} nodes x "
-        f"{cluster.procs_per_node} ranks\n\n{table(sweep, jobs)}\n\n"
+        f"submitted {what}, each {cluster.num_nodes} nodes x {cluster.procs_per_node} ranks\n\n{table(sweep, jobs)}\n\n"
         f"follow it   squeue --array -j {array}; tail -F {short(first)}.out\n"
         f"stop it     scancel {array}, or one run: scancel {jobs[0]}; the same command later goes on"
     )

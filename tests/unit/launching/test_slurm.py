@@ -200,6 +200,7 @@ def test_jobs_that_their_partition_cannot_take(cluster: dict[str, Any], named: l
         ("7|7|RUNNING|{runs}|/home/me/slurm.sbatch bigger", False),
         ("8|8|RUNNING|{runs}|/home/me/slurm.sbatch big", False),
         ("9|7_1|RUNNING|/|/sweep/.array/7_submission.sh", True),
+        ("9|7_1|RUNNING|/|/another/.array/7_submission.sh", False),
         ("9|7_2|RUNNING|/|/sweep/.array/7_submission.sh\n10|7|PENDING|/|/another/7_submission.sh", False),
     ],
 )
@@ -209,7 +210,7 @@ def test_a_folder_that_a_job_trains_in(
     """By the path of submitit's script, by an argument of another, or by the link that a task of an array left. Job 8
     is where the launch itself runs."""
     (tmp_path / "big" / "logs" / "slurm").mkdir(parents=True)
-    (tmp_path / "big" / "logs" / "slurm" / "7_1_submission.sh").symlink_to("gone")
+    (tmp_path / "big" / "logs" / "slurm" / "7_1_submission.sh").symlink_to("/sweep/.array/7_submission.sh")
     (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{queue.format(runs=tmp_path)}' | grep .; true\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

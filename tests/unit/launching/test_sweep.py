@@ -75,7 +75,7 @@ def test_what_is_finished_or_in_the_queue_is_left_out(tmp_path: Path, monkeypatc
     (done / "checkpoints" / "step-00000009" / "COMMITTED").touch()
     (done / "summary.json").write_text(json.dumps({"steps": 9}), encoding="utf-8")
     (queued / "logs" / "slurm").mkdir(parents=True)
-    (queued / "logs" / "slurm" / "7_1_submission.sh").symlink_to("gone")
+    (queued / "logs" / "slurm" / "7_1_submission.sh").symlink_to("../../../.array/7_submission.sh")
     left, told = open_runs(sweep, [QueuedJob("7_1", "PENDING", (sweep.folder / ".array" / "7_submission.sh",))])
     assert [run.swept for run in left.runs] == [("run.seed=3",)] and len(left.batch.run_dirs) == 1
     assert told == ["runs/s/seed-1: already finished", "runs/s/seed-2: job 7_1 (PENDING) is in the queue"]
