@@ -28,7 +28,7 @@ from bigtrain.telemetry.failures import write_json
 from bigtrain.train import main as train
 
 STRUCK, STARTS = "struck.json", "starts.jsonl"
-LINGER_S = 0.5
+LINGER_S = 1.0
 """A rank stays in its phase behind a signal to others: it takes them so long to get it."""
 SMALL_DISK_BYTES = 1 << 28
 """No larger one is filled."""
