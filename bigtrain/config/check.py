@@ -78,6 +78,7 @@ _AT_LEAST_ONE = [
     "cluster.num_nodes",
     "cluster.procs_per_node",
     "cluster.cpus_per_proc",
+    "cluster.signal_s",
     "precision.initial_loss_scale",
     "precision.loss_scale_window",
 ]

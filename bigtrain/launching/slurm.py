@@ -1,9 +1,10 @@
 """A run as one Slurm job: submitit writes the sbatch script and starts one task a rank.
 
-The script finds where the ranks meet (meeting.py), starts them with srun, and queues the job again where they ask for
-it: Slurm warns every rank with SIGUSR2 ahead of the time limit, they save, and rank 0 ends with COME_BACK. After a
-preemption or the loss of a node Slurm itself queues the job again. The next start runs the same command, and
-checkpoint.resume=auto goes on from the last committed checkpoint. launchers/slurm.sbatch does the same without us.
+The script finds where the ranks meet (meeting.py), starts them with srun (task.py), and at their end tells why and
+queues the job again where the run is to go on (job_end.py): Slurm warns every rank with SIGUSR2 ahead of the time limit
+and they save, or a rank failed. After a preemption or the loss of a node Slurm itself queues the job again. The next
+start runs the same command, and checkpoint.resume=auto goes on from the last committed checkpoint.
+launchers/slurm.sbatch does the same without us.
 """
 
 from __future__ import annotations
@@ -21,9 +22,15 @@ from typing import Any, NoReturn
 from bigtrain.config.check import Problem, time_limit_minutes
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
-from bigtrain.config.status import COME_BACK
-from bigtrain.launching.environment import Place, rank_environment
 from bigtrain.launching.meeting import fields_of
+
+MEET = (
+    'meeting=$("$python" -m bigtrain.launching.meeting) || exit',
+    "export MASTER_ADDR=${meeting% *} MASTER_PORT=${meeting#* }",
+)
+"""Shell lines before srun, on the first node. launchers/slurm.sbatch has the same."""
+JOB_END = ('"$python" -m bigtrain.launching.job_end "$run" $?',)
+"""And behind it."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +38,12 @@ class RankTask:
     """What each task of the job does: it becomes one rank. submitit pickles it for the nodes."""
 
     run_dir: str
-    device: str
 
     def __call__(self) -> NoReturn:
-        """The rank takes the place of submitit's process, whose handlers would requeue before the ranks have saved,
-        and hide SIGTERM from them. Slurm sees the rank's own exit status."""
-        names = os.environ
-        tasks, nodes = int(names["SLURM_NTASKS"]), int(names["SLURM_JOB_NUM_NODES"])
-        place = Place(
-            rank=int(names["SLURM_PROCID"]),
-            local_rank=int(names["SLURM_LOCALID"]),
-            world=tasks,
-            local_world=tasks // nodes,
-            address=names["MASTER_ADDR"],
-            port=int(names["MASTER_PORT"]),
-        )
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # it waits until the rank listens: StopSignal
-        arguments = [sys.executable, "-m", "bigtrain.train", self.run_dir]
-        os.execve(sys.executable, arguments, {**names, **rank_environment(place, self.device)})
+        """Our task takes the place of submitit's process, whose handlers would requeue before the ranks have saved,
+        and hide SIGTERM from them."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # it waits until the task listens
+        os.execv(sys.executable, [sys.executable, "-m", "bigtrain.launching.task", self.run_dir])
 
 
 def job_parameters(config: Config) -> dict[str, Any]:
@@ -63,9 +58,10 @@ def job_parameters(config: Config) -> dict[str, Any]:
         "cpus_per_task": cluster.cpus_per_proc,
         "gpus_per_node": cluster.procs_per_node if cluster.device == "cuda" else None,
         "time": time_limit_minutes(cluster.time),
+        "signal_delay_s": cluster.signal_s,
         "partition": cluster.partition,
         "account": cluster.account,
-        "setup": [*cluster.setup, *_meeting()],
+        "setup": [*cluster.setup, f"python={_python()}", f"run={shlex.quote(config.run.dir)}", *MEET],
         # One rank that fails ends the others. srun inherits neither the cpus of sbatch nor its open-mode, and no
         # variables where sbatch was told --export=NONE.
         "srun_args": [
@@ -74,28 +70,11 @@ def job_parameters(config: Config) -> dict[str, Any]:
             "--open-mode=append",
             "--export=ALL",
         ],
-        "teardown": _come_back() if cluster.requeue else None,
+        "teardown": list(JOB_END),
         "additional_parameters": more,
     }
     set_ones = {name: value for name, value in parameters.items() if value is not None}
     return {**set_ones, "wckey": None}  # submitit's own default is a key that a cluster may refuse
-
-
-def _meeting() -> list[str]:
-    """Shell lines before srun, on the first node."""
-    return [
-        f"meeting=$({_python()} -m bigtrain.launching.meeting) || exit",
-        "export MASTER_ADDR=${meeting% *} MASTER_PORT=${meeting#* }",
-    ]
-
-
-def _come_back() -> list[str]:
-    """Shell lines after srun, whose status is that of the rank with the highest one."""
-    return [
-        "status=$?",
-        f'[ $status != {COME_BACK} ] || scontrol requeue "$SLURM_JOB_ID"',
-        "exit $status",
-    ]
 
 
 def job_folder(config: Config) -> Path:
@@ -197,7 +176,7 @@ def submit(config: Config) -> str:
     executor = submitit.SlurmExecutor(folder=job_folder(config), python=_python())
     executor.update_parameters(**job_parameters(config))
     try:
-        job = executor.submit(RankTask(config.run.dir, config.cluster.device))
+        job = executor.submit(RankTask(config.run.dir))
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"sbatch refused the job: {error}") from error
     log = job_folder(config) / f"{job.job_id}_0_log"

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bigtrain.train import main
-
 PLACES = {
     "startup": ("bigtrain.trainer.run_data", "RunData.open"),
     "data": ("bigtrain.data.order", "Order.rows"),
@@ -47,6 +45,12 @@ def exhaust() -> None:
     bytearray(1 << 30)
 
 
+def blame_the_user() -> None:
+    from bigtrain.config.errors import UserError
+
+    raise UserError("a mistake, which is a test's")
+
+
 def keep_the_interpreter() -> None:
     ctypes.PyDLL(None).sleep(1000)
 
@@ -54,6 +58,7 @@ def keep_the_interpreter() -> None:
 ACTS: dict[str, Callable[[], Any]] = {
     "stall": stall,
     "raise": refuse,
+    "user": blame_the_user,
     "memory": exhaust,
     "gil": keep_the_interpreter,
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -80,11 +85,18 @@ def inject(place: str, call: int, act: str) -> None:
     setattr(holder, attribute, with_fault)
 
 
-if __name__ == "__main__":
+def arm() -> None:
+    """Put the fault in, where this is the rank that gets it."""
     fault = json.loads(os.environ["FAULT"])
     once = Path(fault["once"]) if fault.get("once") else None
     if os.environ["RANK"] == str(fault["rank"]) and not (once and once.exists()):
         if once:
             once.touch()
         inject(fault["place"], fault["call"], fault["act"])
+
+
+if __name__ == "__main__":
+    from bigtrain.train import main
+
+    arm()
     sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,9 @@ import pytest
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ClusterConfig, Config, RunConfig
 from bigtrain.launching.environment import free_port
-from bigtrain.launching.slurm import RankTask, partition_problems, refuse_live_job, sbatch_script
+from bigtrain.launching.slurm import JOB_END, MEET, RankTask, partition_problems, refuse_live_job, sbatch_script
+
+PLAIN = Path(__file__).resolve().parents[3] / "launchers" / "slurm.sbatch"
 
 
 def options(script: str) -> dict[str, str]:
@@ -54,6 +56,7 @@ def test_script_asks_for_what_the_config_says() -> None:
     assert found["output"].startswith("/shared/big/logs/")
     assert "wckey" not in found
     assert "srun" in text and "--kill-on-bad-exit=1" in text
+    assert found["signal"] == "USR2@90" and options(script(signal_s=600))["signal"] == "USR2@600"
 
 
 def test_script_without_gpus_requeue_or_extras() -> None:
@@ -68,24 +71,31 @@ def test_flags_of_sbatch_that_take_no_value() -> None:
     assert (found["exclusive"], found["mail-type"]) == ("", "END")
 
 
-@pytest.mark.parametrize(("status", "requeue", "calls"), [(75, True, 1), (75, False, 0), (0, True, 0), (1, True, 0)])
-def test_the_job_is_queued_again_where_the_ranks_ask_for_it(
-    status: int, requeue: bool, calls: int, tmp_path: Path
-) -> None:
-    """The script runs, with stand-ins for Slurm and for the Python that finds where the ranks meet."""
-    text = script(requeue=requeue).replace(sys.executable, "python")
+def test_what_the_script_does_around_the_ranks(tmp_path: Path) -> None:
+    """It runs, with stand-ins for srun and for the Python of meeting.py and job_end.py."""
+    text = script().replace(sys.executable, "python")
     programs = {
-        "python": "echo head-node 12345",
-        "srun": f"echo ranks meet at $MASTER_ADDR:$MASTER_PORT; exit {status}",
-        "scontrol": "echo scontrol $@",
+        "python": 'case $2 in *meeting) echo head-node 12345;; *) echo "$@"; exit $4;; esac',
+        "srun": "echo ranks meet at $MASTER_ADDR:$MASTER_PORT; exit 75",
     }
     for name, lines in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, timeout=20)
-    assert done.returncode == status
-    assert done.stdout.splitlines() == ["ranks meet at head-node:12345", *["scontrol requeue 4711"] * calls]
+    assert done.returncode == 75
+    assert done.stdout.splitlines() == [
+        "ranks meet at head-node:12345",
+        "-m bigtrain.launching.job_end /shared/big 75",
+    ]
+
+
+def test_the_plain_script_does_the_same() -> None:
+    """What stands around srun, line by line."""
+    lines = PLAIN.read_text(encoding="utf-8").splitlines()
+    at = [lines.index(line) for line in (*MEET, *JOB_END)]
+    assert at == sorted(at) and at[-1] == len(lines) - 1
+    assert not any(line.startswith("set -") and "e" in line[5:] for line in lines), "srun's failure is not the end"
 
 
 SHOWN = """PartitionName=short Default=YES MaxTime=01:00:00 State=UP TotalNodes=8
@@ -139,7 +149,7 @@ def test_a_folder_that_a_job_trains_in(
 
 
 def test_task_travels_to_the_nodes() -> None:
-    task = RankTask("/shared/big", "cuda")
+    task = RankTask("/shared/big")
     assert pickle.loads(pickle.dumps(task)) == task
 
 
