@@ -34,7 +34,7 @@ PASSED_ON = (signal.SIGTERM, signal.SIGUSR2)
 
 
 def place_of(names: Mapping[str, str]) -> Place:
-    """Where srun has put this task; the batch script has MASTER_ADDR and MASTER_PORT from `bigtrain.launching.meeting`."""
+    """Where srun has put this task. MASTER_ADDR and MASTER_PORT are of `bigtrain.launching.meeting`."""
     tasks, nodes = int(names["SLURM_NTASKS"]), int(names["SLURM_JOB_NUM_NODES"])
     return Place(
         rank=int(names["SLURM_PROCID"]),

@@ -20,14 +20,12 @@ from tests.integration.slurm.test_train_on_slurm import (
     LAUNCH,
     STEPS,
     TWO_NODES,
-    folder,
-    here,
+    at_step,
     logs,
     settings,
     submitted,
 )
 
-__all__ = ["folder", "here"]
 pytestmark = pytest.mark.slow
 FAULTS = Path(__file__).with_name("faults")
 SAVED = ["checkpoint.interval=10", "cluster.max_restarts=3"]
@@ -112,3 +110,29 @@ def test_a_mistake_of_the_user(cluster: Cluster, data: Path, folder: Path) -> No
     log = run_dir / "logs" / "slurm" / f"{job_id}_2_log.err"
     assert last_lines(log.with_name(f"{job_id}_0_log.err"))[0] == "not queued again: the same settings would fail again"
     assert "error: a mistake, which is a test's\n" in log.read_text()
+
+
+def test_a_node_that_is_lost(cluster: Cluster, data: Path, folder: Path, here: Path) -> None:
+    """Slurm queues the job again itself, and it counts as no failure of the run's."""
+    saved = ["checkpoint.interval=10", "cluster.max_restarts=0"]
+    job_id = submitted(cluster.ask(*LAUNCH, *settings(data, "lost"), *TWO_NODES, *saved, cwd=folder))
+    run_dir = folder / "runs" / "lost"
+    at_step(run_dir, 15)
+    cluster.lose("node1")
+    cluster.wait(job_id, lambda job: job["JobState"] == "PENDING")
+    cluster.bring_back("node1")
+    job = cluster.ended(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(run_dir)
+    assert trajectory(run_dir) == trajectory(here)
+    assert event(run_dir, "resume")["step"] >= 10
+
+
+def test_a_job_that_is_cancelled_stays_ended(cluster: Cluster, data: Path, folder: Path) -> None:
+    """While its ranks start, before they listen: SIGTERM ends them, which is no failure."""
+    run_dir = folder / "runs" / "cancelled"
+    job_id = submitted(cluster.ask(*LAUNCH, *settings(data, "cancelled"), *TWO_NODES, cwd=folder))
+    cluster.wait(job_id, lambda job: (run_dir / "logs" / "ranks" / "rank-3.json").exists())
+    cluster.ask("scancel", job_id)
+    job = cluster.ended(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), logs(run_dir)
+    assert "queued again: restart" not in logs(run_dir)
