@@ -80,6 +80,7 @@ _AT_LEAST_ONE = [
     "cluster.procs_per_node",
     "cluster.cpus_per_proc",
     "cluster.array_parallelism",
+    "cluster.signal_s",
     "precision.initial_loss_scale",
     "precision.loss_scale_window",
 ]

@@ -36,14 +36,19 @@ class ClusterConfig:
     time: str = "1-00:00:00"
     """Slurm's time limit, D-HH:MM:SS."""
     requeue: bool = True
-    """Slurm: queue the job again at the time limit, on preemption and on node failure; it goes on where it was."""
+    """Slurm: queue the job again at the time limit, on preemption, on node failure, and after a crash or a hang as
+    often as max_restarts says; it goes on where it was."""
+    signal_s: int = 90
+    """Slurm: seconds ahead of the time limit at which it warns the run, which then saves: more than a step and a save
+    take."""
     mtbf_h: float = 24.0
     """Hours between failures of the whole job, for checkpoint.interval=auto; once the run has failed three times, its
     own mean counts instead. For orientation: 1,024 GPUs fail about every 8 hours, 16,384 every 2 to 3
     (https://arxiv.org/abs/2410.21680, https://arxiv.org/abs/2407.21783)."""
     max_restarts: int = 0
     """How often a run that crashed or hung is started again, from its newest checkpoint. Not after a failure that would
-    only come again: a mistake in the settings, before the first step, or twice at the same step."""
+    only come again: a mistake in the settings, before the first step, or twice at the same step. With +cluster=slurm
+    it is 3, and they are counted anew when the run was saved at the time limit."""
     gpus_per_node: str | None = None
     """Slurm: GPUs of each node as the site names them, such as 8 or a100:8. null: procs_per_node, with device=cuda and
     no gpu in gres. 0: do not ask, the nodes are given whole."""

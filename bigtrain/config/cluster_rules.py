@@ -49,6 +49,7 @@ _KEY_OF_OPTION = {
     "container-image": "container_image",
     "container-mounts": "container_mounts",
     "no-requeue": "requeue",
+    "signal": "signal_s",
 }
 """Options of sbatch that a key stands for."""
 _TAKEN = ("array", "chdir", "error", "input", "job-name", "ntasks", "open-mode", "output", "parsable", "wrap", "wait")
@@ -189,9 +190,6 @@ def _sbatch(cluster: ClusterConfig) -> Iterator[Problem]:
             yield Problem(key, value, "the launcher needs it for itself", "Leave it out")
         elif written := _written_secret(value):
             yield _kept(key, written)
-        elif name == "signal" and not re.fullmatch(r"(R:)?(SIG)?USR2@\d+", value):
-            message = "the ranks listen to SIGUSR2 ahead of the time limit"
-            yield Problem(key, value, message, "Write USR2@SECONDS, such as USR2@600")
         elif not value or "\n" in value:
             yield Problem(key, value, "is no value", "Write one line; true for an option that takes no value")
 

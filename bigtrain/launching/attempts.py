@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bigtrain.config.schema import Config
 from bigtrain.launching import failure, local
-from bigtrain.launching.failure import Before, RankEnd
+from bigtrain.launching.failure import RankEnd
 from bigtrain.launching.restarts import Failure, refused
 from bigtrain.telemetry import failures
 
@@ -24,7 +24,7 @@ def train(config: Config) -> int:
     run_dir, limit = Path(config.run.dir), config.cluster.max_restarts
     failed: list[Failure] = []
     while True:
-        before = Before.of(run_dir)
+        metrics, kills = failures.stamp(run_dir), failure.oom_kills()
         commands = local.rank_commands(config)
         start = failures.start_of({**os.environ, **commands[0].environment})
         ended = local.watch(
@@ -34,7 +34,8 @@ def train(config: Config) -> int:
         )
         if not ended.failed:
             return ended.status
-        found = failure.find(run_dir, [_end_of(child) for child in ended.failed], start, before)
+        new_kills = failure.oom_kills() - kills
+        found = failure.find(run_dir, [_end_of(child, new_kills) for child in ended.failed], start, metrics)
         failed.append(found)
         why_not = refused(failed, limit)
         if found.kind == "crash":
@@ -51,14 +52,10 @@ def _say(found: Failure, ended: local.Ended, why_not: str, restart: str) -> None
         local.show_output(ended.failed[:1] if found.kind == "crash" else ended.failed)
     if found.kind == "user":
         return
-    log = ended.failed[0].command.log
-    where = f"; its output: {log}" if log is not None and found.kind == "crash" else ""
-    step = f"at step {found.step}" if found.step else "before the first step"
-    told = found.cause if found.kind == "hang" else f"{found.cause}, {step}{where}"
     print(f"not started again: {why_not}" if why_not else restart, file=sys.stderr)
-    print(f"error: {told}", file=sys.stderr, flush=True)
+    print(f"error: {failure.told(found, ended.failed[0].command.log)}", file=sys.stderr, flush=True)
 
 
-def _end_of(child: local.Child) -> RankEnd:
+def _end_of(child: local.Child, new_kills: int = 0) -> RankEnd:
     rank = int(child.command.environment["RANK"])
-    return RankEnd(rank, child.process.returncode)
+    return RankEnd(rank, child.process.returncode, new_kills)

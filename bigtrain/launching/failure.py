@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config.status import USER_ERROR
+from bigtrain.config.status import HUNG, USER_ERROR
 from bigtrain.launching.restarts import Failure
 from bigtrain.telemetry import failures
 from bigtrain.telemetry.metrics import METRICS_FILE
@@ -22,23 +22,21 @@ class RankEnd:
     rank: int
     returncode: int
     """As subprocess has it: minus n for signal n."""
+    oom_kills: int = 0
+    """Processes that the kernel has killed for want of memory while it ran (`oom_kills`)."""
+    was_told: bool = False
+    """Whether it was told to end before."""
 
     @property
     def status(self) -> int:
         return self.returncode if self.returncode >= 0 else 128 - self.returncode
 
-
-@dataclass(frozen=True)
-class Before:
-    """What was there when an attempt began."""
-
-    metrics: tuple[int, int]
-    """Size and time of metrics.jsonl."""
-    oom_kills: int
+    def to_record(self) -> dict[str, Any]:
+        return {"returncode": self.returncode, "oom_kills": self.oom_kills, "was_told": self.was_told}
 
     @staticmethod
-    def of(run_dir: Path) -> Before:
-        return Before(_stamp(run_dir / METRICS_FILE), oom_kills())
+    def from_record(record: Mapping[str, Any]) -> RankEnd:
+        return RankEnd(record["rank"], record["returncode"], record["oom_kills"], record["was_told"])
 
 
 def is_effect(run_dir: Path, end: RankEnd, start: str) -> bool:
@@ -47,27 +45,46 @@ def is_effect(run_dir: Path, end: RankEnd, start: str) -> bool:
     return end.returncode > 0 and crash is not None and bool(crash["lost_peer"])
 
 
-def find(run_dir: Path, ends: Sequence[RankEnd], start: str, before: Before) -> Failure:
+def likeliness(returncode: int) -> tuple[bool, bool]:
+    """To sort by, where several ranks failed: a mistake of the user comes first, then a death by signal."""
+    return returncode != USER_ERROR, returncode >= 0
+
+
+def find(run_dir: Path, ends: Sequence[RankEnd], start: str, metrics: tuple[int, int]) -> Failure:
     """Why an attempt failed. `ends`: of the ranks that failed by themselves, the likeliest cause in front; `start`: of
-    the attempt, `failures.start_of` of a rank's environment."""
+    the attempt, `failures.start_of` of a rank's environment; `metrics`: `failures.stamp` of before."""
     first = ends[0]
-    step, has_stepped = _progress(run_dir, before)
-    verdict = failures.read_json(failures.hang_file(run_dir, "verdict.json"), start)
-    if verdict is not None:
-        sign = f"hang in {verdict['phase']}"
-        return Failure("hang", verdict["verdict"], sign, first.status, None, verdict["step"], has_stepped)
+    step, has_stepped = progress(run_dir, metrics)
+    if (verdict := hang(run_dir, start, has_stepped=has_stepped)) is not None:
+        return verdict
     crash = failures.read_json(failures.crash_file(run_dir, first.rank), start)
     if first.status == USER_ERROR:
         return Failure("user", f"rank {first.rank} says why", "", USER_ERROR, first.rank, step, has_stepped)
     if first.returncode < 0:
         name = signal.Signals(-first.returncode).name
-        cause = f"rank {first.rank} was killed by {name}" + _memory(name, oom_kills() - before.oom_kills)
+        cause = f"rank {first.rank} was killed by {name}" + _memory(name, first.oom_kills)
         return Failure("crash", cause, name, first.status, first.rank, step + 1, has_stepped)
     if crash is not None:
         cause, step = failures.named(crash), crash["step"]
         return Failure("crash", cause, crash["error"], first.status, first.rank, step, has_stepped)
     sign = f"status {first.status}"
     return Failure("crash", f"rank {first.rank} ended with {sign}", sign, first.status, first.rank, step, has_stepped)
+
+
+def hang(run_dir: Path, start: str, *, has_stepped: bool) -> Failure | None:
+    """What the watchdogs of the ranks found, if they did."""
+    found = failures.read_json(failures.hang_file(run_dir, "verdict.json"), start)
+    if found is None:
+        return None
+    return Failure("hang", found["verdict"], f"hang in {found['phase']}", HUNG, None, found["step"], has_stepped)
+
+
+def told(found: Failure, log: Path | None = None) -> str:
+    """The cause as the last line of the console says it. `log`: what the rank wrote."""
+    if found.kind == "hang":
+        return found.cause
+    step = f"at step {found.step}" if found.step else "before the first step"
+    return f"{found.cause}, {step}" + (f"; its output: {log}" if log is not None else "")
 
 
 def oom_kills() -> int:
@@ -97,8 +114,9 @@ def _memory(name: str, kills: int) -> str:
     )
 
 
-def _progress(run_dir: Path, before: Before) -> tuple[int, bool]:
-    """The last step in metrics.jsonl, and whether this attempt has done one: the events of its own start come first."""
+def progress(run_dir: Path, metrics: tuple[int, int]) -> tuple[int, bool]:
+    """The last step in metrics.jsonl, and whether this attempt has done one: the events of its own start come first.
+    `metrics`: `failures.stamp` of before."""
     path = run_dir / METRICS_FILE
     step, has_stepped = 0, False
     for line in _text(path).splitlines():
@@ -110,15 +128,7 @@ def _progress(run_dir: Path, before: Before) -> tuple[int, bool]:
             step, has_stepped = record["step"], True
         elif record.get("name") in ("resume", "restart"):
             step, has_stepped = record["step"], False
-    return step, has_stepped and _stamp(path) != before.metrics
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return step, has_stepped and failures.stamp(run_dir) != metrics
 
 
 def _text(path: Path) -> str:

@@ -21,6 +21,7 @@ from types import FrameType
 from bigtrain.config.schema import Config
 from bigtrain.config.status import COME_BACK, HUNG, USER_ERROR
 from bigtrain.launching.environment import Place, free_port, rank_environment
+from bigtrain.launching.failure import likeliness
 from bigtrain.telemetry.failures import SPOKEN_FOR
 
 POLL_S = 0.02
@@ -217,8 +218,7 @@ def _watch(children: Sequence[Child], received: list[int], is_effect: Callable[[
             for child in children:
                 child.signal_group(passed_on)
         if (failed and settled) or is_urgent or None not in codes:
-            order = sorted(failed, key=lambda child: (child.status != USER_ERROR, child.process.returncode >= 0))
-            return sorted(order, key=is_effect)
+            return sorted(failed, key=lambda child: (is_effect(child), *likeliness(child.process.returncode)))
         time.sleep(POLL_S)
 
 

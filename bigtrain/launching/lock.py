@@ -1,43 +1,106 @@
-"""One launch at a time in a run's folder."""
+"""One launch at a time in a run's folder, and one run.
+
+Both are locks on a file, which the kernel lets go of however their holder ends, also on a file system that several
+machines share. One that knows no locks lets everyone in.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from bigtrain.config.errors import UserError
 
+TRAINS = ".trains"
+"""File in the run's folder that its rank 0 holds, wherever that runs and whoever started it."""
+_PROBES_S = 2.0
+"""For longer than this no launch that only looks holds TRAINS."""
+
 
 @contextlib.contextmanager
 def only_launch(run_dir: Path) -> Iterator[None]:
-    """Hold RUN/.lock; the kernel lets go of it however the process ends. Raises UserError where another launch holds
-    it. A file system that knows no locks lets everyone in."""
+    """Hold RUN/.lock. Raises UserError where another launch holds it, or where a run trains in the folder."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written: {error.strerror}. Choose another run.dir.") from error
     try:
-        _take(file, run_dir)
+        if not _taken(file, fcntl.LOCK_EX):
+            raise UserError(
+                f"run.dir={run_dir}: another launch is running in this folder ({_holder(file)}). "
+                "Wait for it, end it, or set another run.name."
+            )
+        _sign(file, f"process {os.getpid()}")
+        _refuse_live_run(run_dir)
         yield
     finally:
         os.close(file)
 
 
-def _take(file: int, run_dir: Path) -> None:
+def train_alone(run_dir: Path) -> None:
+    """Hold RUN/.trains to the end of this process, which is rank 0. Raises UserError where another one holds it.
+
+    A node that is lost keeps its locks for a while, or for good; an earlier start of our own Slurm job does not count
+    for that reason."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(file, 32).decode(errors="replace").strip() or "unknown"
-        raise UserError(
-            f"run.dir={run_dir}: another launch is running in this folder (process {holder}). "
-            "Wait for it, end it, or set another run.name."
-        ) from error
+        file = os.open(run_dir / TRAINS, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:
         return
+    deadline, job = time.monotonic() + _PROBES_S, _job()
+    while not _taken(file, fcntl.LOCK_EX):
+        if job and _holder(file).endswith(job):
+            return
+        if time.monotonic() > deadline:
+            raise _trains(run_dir, _holder(file))
+        time.sleep(0.1)
+    _sign(file, f"process {os.getpid()} on {socket.gethostname()}{job}")
+
+
+def _refuse_live_run(run_dir: Path) -> None:
+    try:
+        file = os.open(run_dir / TRAINS, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        if not _taken(file, fcntl.LOCK_SH):
+            raise _trains(run_dir, _holder(file))
+    finally:
+        os.close(file)
+
+
+def _trains(run_dir: Path, holder: str) -> UserError:
+    return UserError(
+        f"run.dir={run_dir}: a run trains in this folder ({holder}). Wait for it, end it, or set another run.name. If "
+        f"that machine is gone for good: rm {run_dir / TRAINS}"
+    )
+
+
+def _job() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f", Slurm job {job}" if job else ""
+
+
+def _taken(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _holder(file: int) -> str:
+    return os.pread(file, 200, 0).decode(errors="replace").strip() or "unknown"
+
+
+def _sign(file: int, text: str) -> None:
     with contextlib.suppress(OSError):
         os.truncate(file, 0)
-        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(file, f"{text}\n".encode(), 0)

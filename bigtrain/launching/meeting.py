@@ -17,7 +17,7 @@ from bigtrain.launching.environment import free_port
 
 def first_node(node_list: str) -> str:
     """The first of a list such as ``rack[1-2]n[01-16],gpu-a``. Raises UserError where Slurm cannot read it."""
-    first = _scontrol("show", "hostnames", node_list).split("\n", 1)[0]
+    first = scontrol("show", "hostnames", node_list).split("\n", 1)[0]
     if not first:  # it ends well all the same
         raise UserError(f"SLURM_JOB_NODELIST={node_list}: scontrol show hostnames cannot read it.")
     return first
@@ -29,7 +29,7 @@ def address_of(node: str) -> str:
     try:
         socket.getaddrinfo(node, None)
     except OSError:
-        return fields_of(_scontrol("--oneliner", "show", "node", node)).get("NodeAddr", node)
+        return fields_of(scontrol("--oneliner", "show", "node", node)).get("NodeAddr", node)
     return node
 
 
@@ -39,7 +39,7 @@ def fields_of(line: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _scontrol(*arguments: str) -> str:
+def scontrol(*arguments: str) -> str:
     command = ["scontrol", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)

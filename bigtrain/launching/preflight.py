@@ -16,7 +16,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import FILE
 from bigtrain.config.same_run import difference
 from bigtrain.config.schema import Config
-from bigtrain.launching import init_from, machine
+from bigtrain.launching import init_from, machine, time_limit
 from bigtrain.launching.slurm import SUBMISSION
 from bigtrain.launching.slurm_script import slurm_folder
 from bigtrain.launching.wandb_key import has_wandb_key
@@ -49,6 +49,7 @@ def preflight(config: Config, *, prepared: bool) -> list[Problem]:
         *_resume(config),
         *init_from.problems(config),
         *_login(config),
+        *time_limit.problems(config),
         *(_device(config) if config.cluster.kind == "local" else ()),
         *(_prepared_data(config) if prepared else _inputs(config)),
     ]

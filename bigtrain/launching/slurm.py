@@ -1,8 +1,9 @@
 """A run as one Slurm job, a sweep as one job array: what Slurm is asked before, the submission, and the job's marks.
 
-slurm_script.py has the script. Slurm warns every rank with SIGUSR2 ahead of the time limit, they save, and rank 0 ends
-with COME_BACK, on which the script queues the job again. After a preemption or the loss of a node Slurm itself does.
-The next start runs the same command, and checkpoint.resume=auto goes on from the last committed checkpoint.
+slurm_script.py has the script. It finds where the ranks meet (meeting.py), starts them with srun (task.py), and at
+their end tells why and queues the job again where the run is to go on (job_end.py): Slurm warns every rank with SIGUSR2
+ahead of the time limit and they save, or a rank failed. After a preemption or the loss of a node Slurm itself queues
+the job again. The next start runs the same command, and checkpoint.resume=auto goes on from the last checkpoint.
 launchers/slurm.sbatch does the same without us.
 """
 
@@ -171,7 +172,7 @@ def submit(batch: Batch) -> list[str]:
     executor.update_parameters(**job_parameters(batch))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit passes on what sbatch says; the error says it, too
-            jobs = executor.submit_array([RankTask(run_dir, batch.config.cluster.device) for run_dir in batch.run_dirs])
+            jobs = executor.submit_array([RankTask(run_dir) for run_dir in batch.run_dirs])
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(_refused(str(error))) from error
     for run_dir, job in zip(batch.run_dirs, jobs, strict=True):

@@ -1,8 +1,9 @@
 """The script that goes to sbatch, from the config alone. submitit writes it and starts one task a rank.
 
 On the first node it runs the site's set-up lines, puts the copy of the code that lies beside the run (code_copy.py) in
-front of any other, finds where the ranks meet (meeting.py), starts them with srun, and queues the job again where they
-ask for it. The same script serves a run and a sweep, whose runs are the tasks of one job array.
+front of any other, finds where the ranks meet (meeting.py), starts them with srun (task.py), and at their end tells why
+and queues the job again where the run is to go on (job_end.py). The same script serves a run and a sweep, whose runs
+are the tasks of one job array.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ from typing import Any, NoReturn
 from bigtrain.config.cluster import ClusterConfig
 from bigtrain.config.cluster_rules import asks_for_gpus, time_limit_minutes
 from bigtrain.config.schema import Config
-from bigtrain.config.status import COME_BACK
 from bigtrain.launching.code_copy import CODE
-from bigtrain.launching.environment import Place, rank_environment
+
+MEET = (
+    'meeting=$("$python" -m bigtrain.launching.meeting) || exit',
+    "export MASTER_ADDR=${meeting% *} MASTER_PORT=${meeting#* }",
+)
+"""Shell lines before srun, on the first node. launchers/slurm.sbatch has the same."""
+JOB_END = ('"$python" -m bigtrain.launching.job_end "$run" $?',)
+"""And behind it."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +61,12 @@ class RankTask:
     """What each task of the job does: it becomes one rank. submitit pickles it for the nodes."""
 
     run_dir: str
-    device: str
 
     def __call__(self) -> NoReturn:
-        """The rank takes the place of submitit's process, whose handlers would requeue before the ranks have saved,
-        and hide SIGTERM from them. Slurm sees the rank's own exit status."""
-        names = os.environ
-        tasks, nodes = int(names["SLURM_NTASKS"]), int(names["SLURM_JOB_NUM_NODES"])
-        place = Place(
-            rank=int(names["SLURM_PROCID"]),
-            local_rank=int(names["SLURM_LOCALID"]),
-            world=tasks,
-            local_world=tasks // nodes,
-            address=names["MASTER_ADDR"],
-            port=int(names["MASTER_PORT"]),
-        )
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # it waits until the rank listens: StopSignal
-        arguments = [sys.executable, "-m", "bigtrain.train", self.run_dir]
-        os.execve(sys.executable, arguments, {**names, **rank_environment(place, self.device)})
+        """Our task takes the place of submitit's process, whose handlers would requeue before the ranks have saved,
+        and hide SIGTERM from them."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # it waits until the task listens
+        os.execv(sys.executable, [sys.executable, "-m", "bigtrain.launching.task", self.run_dir])
 
 
 def job_parameters(batch: Batch) -> dict[str, Any]:
@@ -90,6 +85,7 @@ def job_parameters(batch: Batch) -> dict[str, Any]:
         "gres": cluster.gres,
         "mem": cluster.memory,
         "time": time_limit_minutes(cluster.time),
+        "signal_delay_s": cluster.signal_s,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
@@ -98,7 +94,7 @@ def job_parameters(batch: Batch) -> dict[str, Any]:
         "mail_user": cluster.mail_user,
         "mail_type": cluster.mail_type,
         "array_parallelism": cluster.array_parallelism or len(batch.run_dirs),
-        "setup": [*cluster.setup, *_environment(cluster), *_run(batch), *_code(), *_meeting()],
+        "setup": [*cluster.setup, *_environment(cluster), f"python={_python()}", *_run(batch), *_code(), *MEET],
         # One rank that fails ends the others. srun inherits neither the cpus of sbatch nor its open-mode, and no
         # variables where sbatch was told --export=NONE.
         "srun_args": [
@@ -108,7 +104,7 @@ def job_parameters(batch: Batch) -> dict[str, Any]:
             "--export=ALL",
             *_container(batch),
         ],
-        "teardown": _come_back() if cluster.requeue else None,
+        "teardown": list(JOB_END),
         "additional_parameters": more,
     }
     set_ones = {name: value for name, value in parameters.items() if value is not None}
@@ -155,14 +151,6 @@ def _code() -> list[str]:
     return [f"export PYTHONPATH=$run/{CODE}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1"]
 
 
-def _meeting() -> list[str]:
-    """Shell lines before srun, on the first node."""
-    return [
-        f"meeting=$({_python()} -m bigtrain.launching.meeting) || exit",
-        "export MASTER_ADDR=${meeting% *} MASTER_PORT=${meeting#* }",
-    ]
-
-
 def _container(batch: Batch) -> list[str]:
     """Options that pyxis adds to srun: https://github.com/NVIDIA/pyxis. The batch script itself stays outside."""
     cluster = batch.config.cluster
@@ -170,17 +158,6 @@ def _container(batch: Batch) -> list[str]:
         return []
     mounts = ",".join([f"{batch.root}:{batch.root}", *cluster.container_mounts])
     return [f"--container-image={cluster.container_image}", f"--container-mounts={mounts}"]
-
-
-def _come_back() -> list[str]:
-    """Shell lines after srun, whose status is that of the rank with the highest one. One task of an array has the
-    array's own number, and by that all tasks would be queued again."""
-    job = '"${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"'
-    return [
-        "status=$?",
-        f"[ $status != {COME_BACK} ] || scontrol requeue {job}",
-        "exit $status",
-    ]
 
 
 def _python() -> str:

@@ -4,12 +4,14 @@
     RUN/logs/crash/rank-N.json     the exception that ended it
     RUN/logs/hang/rank-N.json      where it was when the watchdog looked (rank-N.txt: the same for people)
     RUN/logs/hang/verdict.json     who hung, and who waited for it
+    RUN/logs/ends/                 how the process of each rank ended, where Slurm started it (rank-N.START.json)
 
 Ranks write and launchers read. An earlier start of the run leaves files too; each says of which start it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +29,6 @@ _OF_A_START = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "SLURM_JOB_ID",
-    "SLURM_STEP_ID",
     "SLURM_RESTART_COUNT",
     "TORCHELASTIC_RUN_ID",
     "TORCHELASTIC_RESTART_COUNT",
@@ -40,7 +41,7 @@ _OF_A_LOST_PEER = re.compile(
 
 
 def start_of(environment: Mapping[str, str] = os.environ) -> str:
-    """A name for this start of all ranks: the same on each, and another after a restart."""
+    """A name for this start of all ranks: the same on each and in what started them, and another after a restart."""
     values = "\n".join(f"{name}={environment.get(name, '')}" for name in _OF_A_START)
     return hashlib.sha256(values.encode()).hexdigest()[:12]
 
@@ -55,6 +56,40 @@ def crash_file(run_dir: Path, rank: int) -> Path:
 
 def hang_file(run_dir: Path, name: str) -> Path:
     return run_dir / "logs" / "hang" / name
+
+
+def ends(run_dir: Path, start: str) -> list[dict[str, Any]]:
+    """What is known of the ranks whose processes have ended, in the order of the ranks."""
+    files = (run_dir / "logs" / "ends").glob(f"rank-*.{start}.json")
+    found = [record for record in (read_json(path, start) for path in files) if record is not None]
+    return sorted(found, key=lambda record: record["rank"])
+
+
+def num_ends(run_dir: Path, start: str) -> int:
+    """How many ranks have ended: one look at a folder, however many there are."""
+    return sum(1 for _ in (run_dir / "logs" / "ends").glob(f"rank-*.{start}.json"))
+
+
+def write_end(run_dir: Path, rank: int, start: str, fields: Mapping[str, Any]) -> None:
+    """Keep how the process of a rank ended. A disk that takes nothing must not hide the end itself."""
+    with contextlib.suppress(OSError):
+        path = run_dir / "logs" / "ends" / f"rank-{rank}.{start}.json"
+        write_json(path, {"start": start, "rank": rank, "time": time.time(), **fields})
+
+
+def forget_ends(run_dir: Path, rank: int) -> None:
+    """Remove what earlier starts of this rank have left there."""
+    for path in (run_dir / "logs" / "ends").glob(f"rank-{rank}.*.json"):
+        path.unlink(missing_ok=True)
+
+
+def stamp(run_dir: Path) -> tuple[int, int]:
+    """Size and time of metrics.jsonl: another one when something was written."""
+    try:
+        found = (run_dir / METRICS_FILE).stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -167,7 +167,8 @@ class Watchdog:
         begun = time.time()
         host = socket.gethostname()
         place = {"start": failures.start_of(), "rank": rank, "host": host, "pid": os.getpid(), "time": begun}
-        failures.write_json(failures.place_file(run_dir, rank), place)
+        metrics = failures.stamp(run_dir)  # of before: whether this attempt does a step
+        failures.write_json(failures.place_file(run_dir, rank), {**place, "metrics": metrics})
         hang = Hang(run_dir, rank=rank, world=world, begun=begun, host=host)
         hang.begin()
         text = hang.text_file.open("w+b")

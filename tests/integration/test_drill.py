@@ -88,14 +88,14 @@ def has_another_last_bit(run: Run) -> None:
 
 
 def ends_elsewhere(run: Run) -> None:
-    shutil.rmtree(run.run_dir / "checkpoints" / "step-00000008")
+    shutil.rmtree(run.run_dir / "checkpoints" / "step-00000012")
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (loses_a_line, "metrics.jsonl has train records of steps [1, 2, 3, 4, 6, 7, 8], not"),
-        (has_a_line_twice, "metrics.jsonl has the train records of steps [1, 2, 3, 4, 5, 6, 7, 8, 1]"),
+        (loses_a_line, "metrics.jsonl has train records of steps [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12], not"),
+        (has_a_line_twice, "metrics.jsonl has the train records of steps [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 1]"),
         (has_another_last_bit, "step 5: train grad_norm is "),
         (ends_elsewhere, "tensors at the end are not the reference's"),
     ],

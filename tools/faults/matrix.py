@@ -11,11 +11,11 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.status import COME_BACK
 from tools.faults.rank import Fault
 
-STEPS, BATCH = 8, 8
+STEPS, BATCH = 12, 8
 """Of every run of the drill: optimizer steps, and sequences in each."""
 SAVED, BAD, SAVING, EVALUATED = 3, 5, 6, 4
 """A checkpoint every third step, an evaluation every second; faults come in steps that are neither the first of their
-kind, so the watchdog knows what is normal, nor the last."""
+kind, so the watchdog knows what is normal, nor near the last: behind a save there is another that waits for it."""
 MAX_SKIPS = 2
 
 

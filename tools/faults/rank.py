@@ -24,11 +24,11 @@ import psutil
 
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint.manifest import COMMITTED
+from bigtrain.config.errors import UserError
 from bigtrain.telemetry.failures import write_json
-from bigtrain.train import main as train
 
 STRUCK, STARTS = "struck.json", "starts.jsonl"
-LINGER_S = 0.5
+LINGER_S = 1.0
 """A rank stays in its phase behind a signal to others: it takes them so long to get it."""
 SMALL_DISK_BYTES = 1 << 28
 """No larger one is filled."""
@@ -116,6 +116,10 @@ def refuse(run_dir: Path) -> None:
     raise ValueError("a fault\nthat is injected")
 
 
+def blame_the_user(run_dir: Path) -> None:
+    raise UserError("a mistake\nthat is injected")
+
+
 def exhaust(run_dir: Path) -> None:
     """Python asks for more memory than the limit of the process leaves."""
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -145,6 +149,7 @@ def refuse_large_files(run_dir: Path) -> None:
 ACTS: dict[str, Callable[[Path], None]] = {
     "stall": stall,
     "raise": refuse,
+    "user": blame_the_user,
     "memory": exhaust,
     "fill": fill,
     "small files": refuse_large_files,
@@ -244,16 +249,19 @@ def _holder(place: Place) -> tuple[Any, str]:
     return holder, attribute
 
 
-def main(arguments: list[str]) -> int:
-    fault, run_dir, rank = Fault(**json.loads(os.environ["FAULT"])), Path(arguments[0]), os.environ["RANK"]
+def arm(run_dir: Path) -> None:
+    """Put the fault of the environment in, where this is the rank that gets it."""
+    fault, rank = Fault(**json.loads(os.environ["FAULT"])), os.environ["RANK"]
     notes = Path(fault.notes) if fault.notes else None
     if notes and rank == "0":
         with (notes / STARTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_moment(run_dir)) + "\n")
     if rank == str(fault.rank) and not (notes and (notes / STRUCK).exists()):
         inject(fault, run_dir)
-    return train(arguments)
 
 
 if __name__ == "__main__":
+    from bigtrain.train import main
+
+    arm(Path(sys.argv[1]))
     sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from bigtrain.launching.meeting import fields_of
 
@@ -57,6 +60,18 @@ class Cluster:
         """What Slurm says of a job, by name."""
         return fields_of(self.ask("scontrol", "--oneliner", "show", "job", job_id))
 
+    def lose(self, node: str) -> None:
+        """The node dies with all that runs there, and Slurm hears of it."""
+        dying = [each for each in psutil.process_iter() if _is_of(each, node, self.folder)]
+        for process in [*dying, *(child for each in dying for child in each.children(recursive=True))]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
+    def bring_back(self, node: str) -> None:
+        self.ask("slurmd", "-N", node, "-f", self.folder / "slurm.conf", cwd=Path("/"), LOCALSLURM=str(self.folder))
+        self.ask("scontrol", "update", f"nodename={node}", "state=resume")
+
     def wait(self, job_id: str, until: Callable[[dict[str, str]], bool]) -> dict[str, str]:
         """The job as it is once `until` says so."""
         deadline = time.monotonic() + DEADLINE_S
@@ -67,3 +82,13 @@ class Cluster:
 
     def ended(self, job_id: str) -> dict[str, str]:
         return self.wait(job_id, lambda job: job["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"))
+
+
+def _is_of(process: psutil.Process, node: str, folder: Path) -> bool:
+    """Whether it is a daemon of the node, or the parent of its tasks."""
+    try:
+        if process.name() == "slurmstepd":
+            return Path(process.cwd()).is_relative_to(folder / node)
+        return process.cmdline() == ["slurmd", "-N", node, "-f", str(folder / "slurm.conf")]
+    except psutil.Error:
+        return False

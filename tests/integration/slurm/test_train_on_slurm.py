@@ -71,23 +71,6 @@ def submitted(said: str) -> str:
     return found[1]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def here(cluster: Cluster, data: Path, folder: Path) -> Path:
-    """The run that the others must be: four ranks on this machine, no Slurm."""
-    cluster.ask(*LAUNCH, *settings(data, "here"), *FOUR_RANKS, "--freeze", cwd=folder)
-    program = (
-        "import sys; from bigtrain.config.frozen import load; from bigtrain.launching import local; "
-        "sys.exit(local.run(local.rank_commands(load(sys.argv[1]))))"
-    )
-    cluster.ask(sys.executable, "-c", program, folder / "runs" / "here", cwd=folder, OMP_NUM_THREADS="1")
-    return folder / "runs" / "here"
-
-
 def at_step(run_dir: Path, step: int) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not ((run_dir / "metrics.jsonl").exists() and any(r["step"] >= step for r in records(run_dir, "train"))):

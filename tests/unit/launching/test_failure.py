@@ -9,7 +9,7 @@ import pytest
 
 from bigtrain.config.status import HUNG
 from bigtrain.launching import failure
-from bigtrain.launching.failure import Before, RankEnd, find, is_effect
+from bigtrain.launching.failure import RankEnd, find, is_effect
 from bigtrain.telemetry import failures
 from bigtrain.telemetry.metrics import MetricsFile
 
@@ -26,7 +26,7 @@ def steps(run_dir: Path, count: int, *, resume_step: int = 0) -> None:
 
 
 def test_an_exception_is_told_by_the_rank(tmp_path: Path) -> None:
-    before = Before.of(tmp_path)
+    before = failures.stamp(tmp_path)
     steps(tmp_path, 3)
     failures.write_crash(tmp_path, 1, ValueError("no"), "", step=4)
     found = find(tmp_path, [RankEnd(1, 1)], START, before)
@@ -38,25 +38,24 @@ def test_what_an_earlier_start_left_does_not_count(tmp_path: Path) -> None:
     steps(tmp_path, 3)
     failures.write_crash(tmp_path, 1, ValueError("no"), "", step=4)
     failures.write_json(failures.hang_file(tmp_path, "verdict.json"), {"start": START, "verdict": "x"})
-    found = find(tmp_path, [RankEnd(1, 1)], "another", Before.of(tmp_path))
+    found = find(tmp_path, [RankEnd(1, 1)], "another", failures.stamp(tmp_path))
     assert (found.kind, found.cause, found.has_stepped) == ("crash", "rank 1 ended with status 1", False)
 
 
 @pytest.mark.parametrize(
     ("new_kills", "says"), [(2, "out of memory: the kernel's oom_kill went up by 2"), (0, "not for")]
 )
-def test_a_rank_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_kills: int, says: str) -> None:
-    before = Before.of(tmp_path)
+def test_a_rank_that_was_killed(tmp_path: Path, new_kills: int, says: str) -> None:
+    before = failures.stamp(tmp_path)
     steps(tmp_path, 3)
-    monkeypatch.setattr(failure, "oom_kills", lambda: before.oom_kills + new_kills)
-    found = find(tmp_path, [RankEnd(2, -signal.SIGKILL)], START, before)
+    found = find(tmp_path, [RankEnd(2, -signal.SIGKILL, new_kills)], START, before)
     assert found.cause.startswith("rank 2 was killed by SIGKILL (") and says in found.cause
     assert (found.sign, found.step, found.status) == ("SIGKILL", 4, 137)
     assert find(tmp_path, [RankEnd(2, -signal.SIGSEGV)], START, before).cause == "rank 2 was killed by SIGSEGV"
 
 
 def test_a_hang_has_its_verdict(tmp_path: Path) -> None:
-    before = Before.of(tmp_path)
+    before = failures.stamp(tmp_path)
     steps(tmp_path, 3)
     record = {"start": START, "phase": "data", "step": 4, "verdict": "rank 1 is in x"}
     failures.write_json(failures.hang_file(tmp_path, "verdict.json"), record)
@@ -65,25 +64,25 @@ def test_a_hang_has_its_verdict(tmp_path: Path) -> None:
 
 
 def test_a_mistake_of_the_user(tmp_path: Path) -> None:
-    assert find(tmp_path, [RankEnd(0, 2)], START, Before.of(tmp_path)).kind == "user"
+    assert find(tmp_path, [RankEnd(0, 2)], START, failures.stamp(tmp_path)).kind == "user"
 
 
 def test_whether_an_attempt_has_done_a_step(tmp_path: Path) -> None:
     """Its own: what it computes again, or found there, are steps of others."""
 
-    def has_stepped(before: Before) -> tuple[int, bool]:
+    def has_stepped(before: tuple[int, int]) -> tuple[int, bool]:
         found = find(tmp_path, [RankEnd(0, 9)], START, before)
         return found.step, found.has_stepped
 
-    before = Before.of(tmp_path)
+    before = failures.stamp(tmp_path)
     assert has_stepped(before) == (0, False)
     steps(tmp_path, 5)
     assert has_stepped(before) == (5, True)
-    before = Before.of(tmp_path)
+    before = failures.stamp(tmp_path)
     assert has_stepped(before) == (5, False), "it did not come as far as metrics.jsonl"
     steps(tmp_path, 0, resume_step=4)
     assert has_stepped(before) == (4, False)
-    before = Before.of(tmp_path)
+    before = failures.stamp(tmp_path)
     steps(tmp_path, 1, resume_step=4)
     assert has_stepped(before) == (5, True)
 

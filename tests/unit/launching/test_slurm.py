@@ -20,11 +20,11 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ClusterConfig, Config, RunConfig
 from bigtrain.launching.environment import free_port
 from bigtrain.launching.slurm import partition_problems, refuse_live_job
-from bigtrain.launching.slurm_script import Batch, RankTask, sbatch_script
+from bigtrain.launching.slurm_script import JOB_END, MEET, Batch, RankTask, sbatch_script
 from tests.unit.config.test_cluster_rules import SITE
 
 FIVE = tuple(f"/shared/sweep/it's {task}" for task in range(5))
-ARRAY_TASK = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+PLAIN = Path(__file__).resolve().parents[3] / "launchers" / "slurm.sbatch"
 
 
 def options(script: str) -> dict[str, str]:
@@ -74,6 +74,7 @@ def test_script_asks_for_what_the_config_says() -> None:
     assert {name: found.get(name) for name in expected} == expected
     assert found["output"].startswith("/shared/big/logs/")
     assert not {"wckey", "array"} & set(found)
+    assert found["signal"] == "USR2@90" and options(script(signal_s=600))["signal"] == "USR2@600"
     lines = text.splitlines()
     setup = [lines.index(line) for line in site["setup"]]
     exports = [f"export {name}={value}" for name, value in site["env"].items()]
@@ -96,6 +97,7 @@ def test_script_asks_for_what_the_config_says() -> None:
         "requeue",
         "max_restarts",
         "mtbf_h",
+        "signal_s",
         "container_python",
     }, "each key of a site is above"
 
@@ -123,7 +125,6 @@ def test_variables_are_taken_literally() -> None:
 
 
 def test_a_sweep_is_one_array() -> None:
-    """Each task is queued again by its own number: one of them has the array's."""
     text = sbatch_script(dataclasses.replace(batch(array_parallelism=2), run_dirs=FIVE))
     assert options(text)["array"] == "0-4%2" and "%A_%a_0_log.out" in options(text)["output"]
     assert options(sbatch_script(dataclasses.replace(batch(), run_dirs=FIVE)))["array"] == "0-4%5"
@@ -133,11 +134,6 @@ def test_a_sweep_is_one_array() -> None:
         ["bash", "-c", f"SLURM_ARRAY_TASK_ID=3; {runs}\n{run}\necho $run"], capture_output=True, text=True
     )
     assert done.stdout == f"{FIVE[3]}\n"
-    (requeue,) = (line for line in text.splitlines() if "scontrol requeue" in line)
-    program = f'scontrol() {{ echo "$@"; }}; status=75; {requeue}'
-    for names, job in (({"SLURM_JOB_ID": "7"}, "7"), ({"SLURM_JOB_ID": "7", **ARRAY_TASK}, "7_0")):
-        done = subprocess.run(["bash", "-c", program], env=names, capture_output=True, text=True, timeout=20)
-        assert done.stdout == f"requeue {job}\n"
 
 
 def test_script_without_gpus_requeue_or_extras() -> None:
@@ -152,24 +148,31 @@ def test_flags_of_sbatch_that_take_no_value() -> None:
     assert (found["exclusive"], found["comment"]) == ("", "two words")
 
 
-@pytest.mark.parametrize(("status", "requeue", "calls"), [(75, True, 1), (75, False, 0), (0, True, 0), (1, True, 0)])
-def test_the_job_is_queued_again_where_the_ranks_ask_for_it(
-    status: int, requeue: bool, calls: int, tmp_path: Path
-) -> None:
-    """The script runs, with stand-ins for Slurm and for the Python that finds where the ranks meet."""
-    text = script(requeue=requeue).replace(sys.executable, "python")
+def test_what_the_script_does_around_the_ranks(tmp_path: Path) -> None:
+    """It runs, with stand-ins for srun and for the Python of meeting.py and job_end.py."""
+    text = script().replace(sys.executable, "python")
     programs = {
-        "python": "echo head-node 12345",
-        "srun": f"echo ranks meet at $MASTER_ADDR:$MASTER_PORT; exit {status}",
-        "scontrol": "echo scontrol $@",
+        "python": 'case $2 in *meeting) echo head-node 12345;; *) echo "$@"; exit $4;; esac',
+        "srun": "echo ranks meet at $MASTER_ADDR:$MASTER_PORT; exit 75",
     }
     for name, lines in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, timeout=20)
-    assert done.returncode == status
-    assert done.stdout.splitlines() == ["ranks meet at head-node:12345", *["scontrol requeue 4711"] * calls]
+    assert done.returncode == 75
+    assert done.stdout.splitlines() == [
+        "ranks meet at head-node:12345",
+        "-m bigtrain.launching.job_end /shared/big 75",
+    ]
+
+
+def test_the_plain_script_does_the_same() -> None:
+    """What stands around srun, line by line."""
+    lines = PLAIN.read_text(encoding="utf-8").splitlines()
+    at = [lines.index(line) for line in (*MEET, *JOB_END)]
+    assert at == sorted(at) and at[-1] == len(lines) - 1
+    assert not any(line.startswith("set -") and "e" in line[5:] for line in lines), "srun's failure is not the end"
 
 
 SHOWN = """PartitionName=short Default=YES MaxTime=01:00:00 State=UP TotalNodes=8
@@ -228,7 +231,7 @@ def test_a_folder_that_a_job_trains_in(
 
 
 def test_task_travels_to_the_nodes() -> None:
-    task = RankTask("/shared/big", "cuda")
+    task = RankTask("/shared/big")
     assert pickle.loads(pickle.dumps(task)) == task
 
 

@@ -1,0 +1,168 @@
+"""``python -m bigtrain.launching.job_end RUN STATUS``: what the batch script of a Slurm job does when srun has ended.
+
+STATUS is srun's, the highest of all ranks. A run that was warned ahead of the time limit has saved and ends with
+COME_BACK: the job is queued again. A run that failed is dealt with as on one machine (`bigtrain.launching.attempts`):
+the cause is found in what the ranks left, and told in metrics.jsonl and as the last line of the job's output; the job
+is queued again up to cluster.max_restarts times, where that can help. RUN/logs/slurm_failures.json keeps the failures
+meanwhile. What Slurm itself has ended (cancelled, preempted, a lost node) is left to Slurm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bigtrain.config import frozen
+from bigtrain.config.errors import UserError, exit_status
+from bigtrain.config.schema import Config
+from bigtrain.config.status import COME_BACK
+from bigtrain.launching import failure
+from bigtrain.launching.failure import RankEnd
+from bigtrain.launching.meeting import fields_of, scontrol
+from bigtrain.launching.restarts import Failure, refused
+from bigtrain.telemetry import failures
+
+IS_ENDING = "not queued again: Slurm has ended the job ({state})"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A Slurm job in its batch script."""
+
+    id: str
+    world: int
+    """Ranks."""
+    start: str
+    """Of this start of the ranks: `failures.start_of`."""
+
+    @staticmethod
+    def of(names: Mapping[str, str]) -> Job:
+        """In an array SLURM_JOB_ID may be the number of the whole array."""
+        array, task = names.get("SLURM_ARRAY_JOB_ID"), names.get("SLURM_ARRAY_TASK_ID")
+        job_id = f"{array}_{task}" if array and task else names["SLURM_JOB_ID"]
+        return Job(job_id, int(names["SLURM_NTASKS"]), failures.start_of(names))
+
+
+def end(config: Config, job: Job, status: int) -> int:
+    """Tell why the ranks ended, and queue the job again where it is to go on. Returns the job's exit status."""
+    run_dir, cluster = Path(config.run.dir), config.cluster
+    ends = [RankEnd.from_record(record) for record in failures.ends(run_dir, job.start)]
+    if status == COME_BACK or any((each.rank, each.returncode) == (0, COME_BACK) for each in ends):
+        _keep(run_dir, job.id, [])
+        return _queue_again(job.id, COME_BACK) if cluster.requeue else COME_BACK
+    if status == 0:
+        return 0
+    state = _state(job.id)
+    if state != "RUNNING":
+        print(IS_ENDING.format(state=state), file=sys.stderr, flush=True)
+        return status
+    found = cause(run_dir, ends, job, status)
+    failed = [*_kept(run_dir, job.id), found]
+    _keep(run_dir, job.id, failed)
+    why_not = refused(failed, cluster.max_restarts) or ("" if cluster.requeue else "cluster.requeue=false")
+    if found.kind == "crash":
+        with contextlib.suppress(OSError):  # the disk may be full
+            failures.append_event(run_dir, "crash", rank=found.rank, cause=found.cause, step=found.step)
+    again = f"queued again: restart {len(failed)} of {cluster.max_restarts}"
+    print(f"not queued again: {why_not}" if why_not else again, file=sys.stderr)
+    print(f"error: {failure.told(found, _log(run_dir, job.id, found))}", file=sys.stderr, flush=True)
+    return found.status if why_not else _queue_again(job.id, found.status)
+
+
+def cause(run_dir: Path, ends: Sequence[RankEnd], job: Job, status: int) -> Failure:
+    """Why the ranks failed, by how those ended that were there to tell, and by which are missing."""
+    metrics = _metrics_before(run_dir, job.start)
+    failed = [each for each in ends if each.returncode != 0 and not each.was_told]
+    by_themselves = [each for each in failed if not failure.is_effect(run_dir, each, job.start)]
+    if by_themselves:
+        likeliest = sorted(by_themselves, key=lambda each: failure.likeliness(each.returncode))
+        return failure.find(run_dir, likeliest, job.start, metrics)
+    step, has_stepped = failure.progress(run_dir, metrics)
+    verdict = failure.hang(run_dir, job.start, has_stepped=has_stepped)
+    if verdict is not None:
+        return verdict
+    lost = missing([each.rank for each in ends], _hosts(run_dir, job))
+    if not lost:
+        text = f"srun ended with status {status}, and no rank says why"
+        return Failure("crash", text, f"status {status}", status, None, step, has_stepped)
+    names = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
+    hosts = sorted({host for rank, host in _hosts(run_dir, job).items() if rank in lost and host})
+    where = f" ({', '.join(hosts)})" if hosts else ""
+    text = f"{names}{where} left without a word: the node is lost, or all of the task was killed"
+    return Failure("crash", text, "lost", status, lost[0], step + 1, has_stepped)
+
+
+def missing(ended: Sequence[int], hosts: Mapping[int, str]) -> list[int]:
+    """The ranks that are lost, where nobody says so: those that left no note of their end. Slurm kills what is left on
+    the other nodes, so where all ranks of a node are missing, and not all of another, it is those of that node.
+
+    `hosts`: where each rank was; empty where it never began."""
+    gone = [rank for rank in hosts if rank not in ended]
+    seen = {hosts[rank] for rank in ended}
+    return [rank for rank in gone if hosts[rank] not in seen] or gone
+
+
+def _hosts(run_dir: Path, job: Job) -> dict[int, str]:
+    places = {rank: failures.read_json(failures.place_file(run_dir, rank), job.start) for rank in range(job.world)}
+    return {rank: "" if place is None else place["host"] for rank, place in places.items()}
+
+
+def _metrics_before(run_dir: Path, start: str) -> tuple[int, int]:
+    """metrics.jsonl when rank 0 began; as it is now where rank 0 did not: nothing was done then."""
+    place = failures.read_json(failures.place_file(run_dir, 0), start)
+    if place is None:
+        return failures.stamp(run_dir)
+    size, time_ns = place["metrics"]
+    return size, time_ns
+
+
+def _state(job_id: str) -> str:
+    """What Slurm says of the job: RUNNING, as long as it has not ended it."""
+    try:
+        return fields_of(scontrol("--oneliner", "show", "job", job_id)).get("JobState", "RUNNING")
+    except UserError:  # Slurm does not answer; if it does not at the requeue either, that says so
+        return "RUNNING"
+
+
+def _queue_again(job_id: str, status: int) -> int:
+    """Slurm kills the batch script at once."""
+    try:
+        scontrol("requeue", job_id)
+    except UserError as error:
+        print(f"error: the job is not queued again: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+def _log(run_dir: Path, job_id: str, found: Failure) -> Path | None:
+    """What the rank wrote, where the launcher submitted the job."""
+    log = run_dir / "logs" / "slurm" / f"{job_id}_{found.rank}_log.err"
+    return log if log.is_file() else None
+
+
+def _kept(run_dir: Path, job_id: str) -> list[Failure]:
+    """The failures of this job; of another, none."""
+    found = failures.read_json(_history(run_dir), job_id) or {"failures": []}
+    return [Failure(**each) for each in found["failures"]]
+
+
+def _keep(run_dir: Path, job_id: str, failed: Sequence[Failure]) -> None:
+    with contextlib.suppress(OSError):
+        failures.write_json(_history(run_dir), {"start": job_id, "failures": [asdict(each) for each in failed]})
+
+
+def _history(run_dir: Path) -> Path:
+    return run_dir / "logs" / "slurm_failures.json"
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) != 2 or not argv[1].isdecimal():
+        raise UserError("usage: python -m bigtrain.launching.job_end RUN STATUS, in the batch script of a Slurm job")
+    return end(frozen.load(argv[0]), Job.of(os.environ), int(argv[1]))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

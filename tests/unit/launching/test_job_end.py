@@ -1,0 +1,225 @@
+"""What the batch script of a Slurm job does when its ranks have ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bigtrain.config.schema import ClusterConfig, Config, RunConfig
+from bigtrain.config.status import COME_BACK, HUNG, USER_ERROR
+from bigtrain.launching import job_end
+from bigtrain.launching.failure import RankEnd
+from bigtrain.launching.job_end import Job, cause, end, missing
+from bigtrain.telemetry import failures
+from tests.unit.launching.test_failure import steps
+
+WORLD = 4
+NAMES = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": str(WORLD), "MASTER_PORT": "1"}
+JOB = Job.of(NAMES)
+
+
+def ended(run_dir: Path, *ends: RankEnd, job: Job = JOB) -> None:
+    for each in ends:
+        failures.write_end(run_dir, each.rank, job.start, each.to_record())
+
+
+def begun(run_dir: Path, *, job: Job = JOB, ranks_per_node: int = 2) -> None:
+    """What the watchdog of each rank writes at its start."""
+    for rank in range(WORLD):
+        place = {"start": job.start, "host": f"node{rank // ranks_per_node}", "metrics": failures.stamp(run_dir)}
+        failures.write_json(failures.place_file(run_dir, rank), place)
+
+
+def crashed(
+    run_dir: Path, rank: int, error: Exception, monkeypatch: pytest.MonkeyPatch, *, step: int, job: Job = JOB
+) -> None:
+    """As the rank itself leaves it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(failures, "start_of", lambda: job.start)
+        failures.write_crash(run_dir, rank, error, "", step=step)
+
+
+LOST_PEER = RuntimeError("Connection closed by peer [127.0.0.1]:1")
+
+
+@pytest.mark.parametrize(
+    ("ended_ranks", "hosts", "lost"),
+    [
+        ([0, 1], "aabb", [2, 3]),
+        ([0, 1, 2], "aabb", [3]),
+        ([0], "aabb", [2, 3]),  # rank 1 was killed with the rest of the job
+        ([], "aabb", [0, 1, 2, 3]),
+        ([0, 1, 2, 3], "aabb", []),
+        ([0, 1, 2], ["a", "a", "b", ""], [3]),
+    ],
+)
+def test_the_ranks_that_are_lost(ended_ranks: list[int], hosts: list[str], lost: list[int]) -> None:
+    assert missing(ended_ranks, dict(enumerate(hosts))) == lost
+
+
+def test_the_cause_among_those_that_it_took_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(tmp_path)
+    steps(tmp_path, 3)
+    for rank in (0, 2, 3):
+        crashed(tmp_path, rank, LOST_PEER, monkeypatch, step=4)
+    ended(tmp_path, *(RankEnd(rank, 1) for rank in (0, 2, 3)), RankEnd(1, -9, 1))
+    found = cause(tmp_path, [RankEnd.from_record(each) for each in failures.ends(tmp_path, JOB.start)], JOB, 137)
+    assert found.cause.startswith("rank 1 was killed by SIGKILL (out of memory") and found.step == 4
+    assert (found.rank, found.sign, found.status, found.has_stepped) == (1, "SIGKILL", 137, True)
+
+
+def test_a_rank_that_was_told_to_end_is_no_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm kills what is left when it sees one rank fail."""
+    crashed(tmp_path, 2, ValueError("no"), monkeypatch, step=4)
+    found = cause(tmp_path, [RankEnd(0, -15, was_told=True), RankEnd(2, 1)], JOB, 143)
+    assert found.cause == "rank 2: ValueError: no"
+
+
+def test_a_lost_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(tmp_path)
+    steps(tmp_path, 3)
+    for rank in (0, 1):
+        crashed(tmp_path, rank, LOST_PEER, monkeypatch, step=4)
+    found = cause(tmp_path, [RankEnd(0, 1), RankEnd(1, 1)], JOB, 137)
+    assert found.cause == ("ranks 2, 3 (node1) left without a word: the node is lost, or all of the task was killed")
+    assert (found.sign, found.step, found.has_stepped) == ("lost", 4, True)
+
+
+def test_nobody_says_why(tmp_path: Path) -> None:
+    found = cause(tmp_path, [RankEnd(rank, 0) for rank in range(WORLD)], JOB, 9)
+    assert (found.cause, found.rank) == ("srun ended with status 9, and no rank says why", None)
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The requeues that Slurm was asked for; the job runs."""
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*arguments: str) -> str:
+        if arguments[0] == "requeue":
+            asked.append(arguments)
+        return "JobId=7 JobState=RUNNING Requeue=1"
+
+    monkeypatch.setattr(job_end, "scontrol", answer)
+    return asked
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    cluster = ClusterConfig(kind="slurm", num_nodes=2, procs_per_node=2, device="cpu", max_restarts=2)
+    return Config(run=RunConfig(dir=str(tmp_path / "run")), cluster=cluster)
+
+
+@pytest.fixture
+def attempt(config: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """An attempt of the job that goes from one step to another, where a rank fails; srun's status is 137."""
+    run_dir, ports = Path(config.run.dir), iter(range(100))
+
+    def fail(error: Exception | None, *, of: Config = config, done: int, to: int, job_id: str = "7") -> int:
+        job = Job.of({**NAMES, "SLURM_JOB_ID": job_id, "MASTER_PORT": str(next(ports))})
+        run_dir.mkdir(exist_ok=True)
+        begun(run_dir, job=job)
+        steps(run_dir, to - done, resume_step=done)
+        if error is not None:
+            crashed(run_dir, 2, error, monkeypatch, step=to + 1, job=job)
+        ended(run_dir, RankEnd(2, 1 if error is not None else -9), job=job)
+        return end(of, job, 137)
+
+    return fail
+
+
+def crashes(config: Config) -> list[str]:
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return [record["cause"] for record in map(json.loads, lines) if record.get("name") == "crash"]
+
+
+def test_a_failure_is_told_and_the_job_queued_again(
+    config: Config, attempt: Callable[..., int], slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert attempt(ValueError("no"), done=0, to=3) == 1
+    assert slurm == [("requeue", "7")]
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "queued again: restart 1 of 2",
+        "error: rank 2: ValueError: no, at step 4",
+    ]
+    assert crashes(config) == ["rank 2: ValueError: no"]
+
+
+def test_not_twice_at_the_same_step(
+    attempt: Callable[..., int], slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though a requeue lies between the two."""
+    attempt(ValueError("no"), done=0, to=3)
+    assert attempt(ValueError("no"), done=2, to=3) == 1
+    assert len(slurm) == 1
+    assert "not queued again: it failed so at step 4 before" in capsys.readouterr().err
+
+
+def test_so_often_and_anew_in_another_job(attempt: Callable[..., int], slurm: list[tuple[str, ...]]) -> None:
+    for number, step in enumerate((3, 5, 7)):
+        attempt(None, done=number, to=step)
+    assert len(slurm) == 2
+    attempt(None, done=4, to=9, job_id="8")
+    assert slurm[2:] == [("requeue", "8")]
+
+
+def test_what_was_saved_does_not_count(
+    config: Config, attempt: Callable[..., int], slurm: list[tuple[str, ...]]
+) -> None:
+    for number, step in enumerate((3, 5)):
+        attempt(None, done=number, to=step)
+    assert end(config, JOB, COME_BACK) == COME_BACK
+    attempt(None, done=6, to=7)
+    assert len(slurm) == 4
+
+
+def test_rank_0_has_saved_whatever_the_others_end_with(config: Config, slurm: list[tuple[str, ...]]) -> None:
+    ended(Path(config.run.dir), RankEnd(0, COME_BACK), RankEnd(1, -9))
+    assert end(config, JOB, 137) == COME_BACK
+    assert slurm == [("requeue", "7")]
+
+
+def test_a_hang(config: Config, slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = Path(config.run.dir)
+    verdict = {"start": JOB.start, "phase": "step", "step": 4, "verdict": "rank 1 does not answer"}
+    failures.write_json(failures.hang_file(run_dir, "verdict.json"), verdict)
+    ended(run_dir, RankEnd(0, HUNG), RankEnd(2, HUNG), RankEnd(3, HUNG))
+    assert end(config, JOB, 137) == HUNG
+    assert slurm == [("requeue", "7")]
+    assert capsys.readouterr().err.splitlines()[-1] == "error: rank 1 does not answer"
+
+
+def test_a_mistake_of_the_user_is_never_queued_again(
+    config: Config, slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended(Path(config.run.dir), RankEnd(1, USER_ERROR), RankEnd(0, 1), RankEnd(2, -9))
+    assert end(config, JOB, 137) == USER_ERROR
+    assert not slurm and "the same settings would fail again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "calls"), [(0, 0), (COME_BACK, 0), (137, 0)])
+def test_a_job_that_is_not_to_come_back(config: Config, slurm: list[tuple[str, ...]], status: int, calls: int) -> None:
+    once = replace(config, cluster=replace(config.cluster, requeue=False))
+    Path(config.run.dir).mkdir()
+    assert end(once, JOB, status) == status
+    assert len(slurm) == calls
+
+
+def test_what_slurm_has_ended_is_left_to_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job_end, "scontrol", lambda *_: "JobId=7 JobState=CANCELLED")  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    ended(Path(config.run.dir), RankEnd(1, -15, was_told=True))
+    assert end(config, JOB, 143) == 143
+    assert capsys.readouterr().err == "not queued again: Slurm has ended the job (CANCELLED)\n"
+    assert not (Path(config.run.dir) / "metrics.jsonl").exists()
+
+
+def test_one_task_of_an_array() -> None:
+    """Its SLURM_JOB_ID may be that of the whole array, and by that all of it would be queued again."""
+    names = {**NAMES, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    assert Job.of(names).id == "7_3"

@@ -1,0 +1,54 @@
+"""A folder that a run trains in, wherever that runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bigtrain.config.errors import UserError
+from bigtrain.launching.lock import only_launch, train_alone
+
+TRAINS = (
+    "import sys, time; from pathlib import Path; from bigtrain.launching.lock import train_alone\n"
+    "train_alone(Path(sys.argv[1])); print('trains', flush=True); time.sleep(600)"
+)
+
+
+@contextmanager
+def rank_0(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """Of a run, of which this machine knows nothing else. It ends by SIGKILL."""
+    process = subprocess.Popen([sys.executable, "-c", TRAINS, run_dir], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "trains\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_launch_beside_a_run(tmp_path: Path) -> None:
+    with (
+        rank_0(tmp_path) as holder,
+        pytest.raises(UserError, match=rf"a run trains in this folder \(process {holder.pid} on [^,]+\)\. Wait"),
+        only_launch(tmp_path),
+    ):
+        pass
+    with only_launch(tmp_path):
+        pass
+
+
+def test_a_run_beside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the other one is an earlier start of the same job, on a node that is lost: its lock may outlast it."""
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    with rank_0(tmp_path):
+        train_alone(tmp_path)
+        for other in ("7", "1"):
+            monkeypatch.setenv("SLURM_JOB_ID", other)
+            with pytest.raises(UserError, match="Slurm job 71"):
+                train_alone(tmp_path)
+    train_alone(tmp_path)
