@@ -211,6 +211,7 @@ def test_freeze_makes_the_folder_ready_and_starts_nothing(tmp_path: Path) -> Non
     config = configs.load(tmp_path / "runs" / "default")
     assert (Path(config.data.train[0].path) / "index.json").is_file() and Path(config.tokenizer.path).is_file()
     assert not (tmp_path / "runs" / "default" / "logs").exists()
+    assert (tmp_path / "runs" / "default" / "code" / "bigtrain" / "train.py").is_file()
 
 
 def test_presets_are_found(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_the_dry_run_shows_the_table_and_the_first_run(tmp_path: Path) -> None:
     ]
     assert f"run folder           {tmp_path}/runs/s/seed-1" in lines and "nothing was started" in lines[-1]
     slurm = launch(tmp_path, "--multirun", "+cluster=slurm", "run.seed=1,2", "run.name=s", "dry_run=true").stdout
-    assert "#SBATCH --array=0-1%2" in slurm and "/runs/s/.array/code" in slurm
+    assert "#SBATCH --array=0-1%2" in slurm and f"runs=({tmp_path}/runs/s/seed-1 {tmp_path}/runs/s/seed-2)" in slurm
     assert not list(tmp_path.iterdir())
 
 

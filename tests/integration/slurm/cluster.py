@@ -37,6 +37,7 @@ class Cluster:
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "PYTHONPATH": str(SOURCE),
             "PATH": SYSTEM_PATH,
+            "PYTHONDONTWRITEBYTECODE": "",
         }
 
     def control(self, action: str) -> subprocess.CompletedProcess[str]:

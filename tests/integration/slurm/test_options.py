@@ -50,6 +50,7 @@ def test_the_options_of_a_site(cluster: Cluster, data: Path, tmp_path: Path, res
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "site.yaml").write_text(SITE, encoding="utf-8")
     command = ["--config-dir", tmp_path, *settings(data, "run"), "+cluster=site", "cluster.device=cuda"]
+    dry_run = cluster.ask(*LAUNCH, *command, "dry_run=true", cwd=tmp_path)
     job_id = submitted(cluster.ask(*LAUNCH, *command, cwd=tmp_path))
     shown = cluster.ask("scontrol", "--oneliner", "show", "job", job_id)
     script = cluster.ask("scontrol", "write", "batch_script", job_id, "-")
@@ -75,6 +76,7 @@ def test_the_options_of_a_site(cluster: Cluster, data: Path, tmp_path: Path, res
         "Requeue=1 ",
     ):
         assert part in shown, (part, shown)
+    assert script.strip() in dry_run
     for line in ("#SBATCH --qos=high", "#SBATCH --signal=USR2@120", "export WORDS='two $words'"):
         assert line in script.splitlines(), script
     assert script.index("echo set up on") < script.index("export NCCL_DEBUG=INFO") < script.index("srun ")

@@ -23,6 +23,7 @@ SWEEP = [
     "cluster.num_nodes=1",
     "cluster.procs_per_node=1",
     "+cluster.sbatch.hold=true",
+    "cluster.setup=['echo set up on $SLURMD_NODENAME']",
 ]
 
 
@@ -62,7 +63,7 @@ def test_two_runs_of_one_array_one_is_queued_again_the_checkout_is_edited(
         said = logs(run_dir)
         assert (job["JobState"], job["Restarts"]) == ("COMPLETED", str(int(task == stopped))), said
         assert [record["step"] for record in records(run_dir, "train")] == list(range(1, STEPS + 1)), said
-        assert committed(run_dir)[-1] == STEPS and "step 300" in said
+        assert committed(run_dir)[-1] == STEPS and "step 300" in said and "set up on node" in said
         assert [event["signal"] for event in records(run_dir, "event") if event["name"] == "stop"] == (
             ["SIGUSR2"] if task == stopped else []
         )

@@ -86,6 +86,7 @@ def is_the_run(run_dir: Path, here: Path, signal: str) -> None:
     assert events["stop"]["signal"] == signal and 1 <= events["stop"]["step"] < STEPS
     assert events["resume"]["step"] == events["stop"]["step"] and events["resume"]["lines_removed"] == 0
     assert committed(run_dir) == [events["stop"]["step"], STEPS]
+    assert (run_dir / "code" / "bigtrain" / "__pycache__").is_dir(), "the ranks ran the copy of the code"
 
 
 def test_warned_by_slurm_it_saves_and_queues_itself_again(
@@ -134,3 +135,4 @@ def test_torchrun(cluster: Cluster, data: Path, folder: Path, here: Path) -> Non
     cluster.ask(SOURCE / "launchers" / "torchrun.sh", run_dir, cwd=folder, **variables)
     losses = [[record["loss"] for record in records(path, "train")[:3]] for path in (run_dir, here)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and committed(run_dir) == [3]
+    assert (run_dir / "code" / "bigtrain" / "__pycache__").is_dir(), "the ranks ran the copy of the code"

@@ -115,6 +115,13 @@ def test_gpus_are_asked_for_once(cluster: dict[str, Any], found: tuple[str | Non
     assert (given.get("gpus-per-node"), given.get("gres")) == found
 
 
+def test_variables_are_taken_literally() -> None:
+    words = """two $words and 'more' `x`"""
+    (line,) = (line for line in script(env={"WORDS": words}).splitlines() if line.startswith("export WORDS="))
+    done = subprocess.run(["bash", "-c", f"{line}; printenv WORDS"], capture_output=True, text=True, timeout=20)
+    assert done.stdout == f"{words}\n"
+
+
 def test_a_sweep_is_one_array() -> None:
     text = sbatch_script(dataclasses.replace(batch(array_parallelism=2), run_dirs=FIVE))
     assert options(text)["array"] == "0-4%2" and "%A_%a_0_log.out" in options(text)["output"]
