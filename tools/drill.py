@@ -103,15 +103,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status 0 where all cells pass, 1 where one fails, 2 where the user has something to fix, 130 where they
     interrupted."""
     options = parse(arguments)
-    work, drill = Path(tempfile.mkdtemp(prefix="bigtrain-drill-")), None
+    work = Path(tempfile.mkdtemp(prefix="bigtrain-drill-"))
+    drill = Drill([], runs.can_mount(work))
     try:
-        can_mount = runs.can_mount(work)
-        cells = matching(options.only, can_mount=can_mount)
+        drill.planned = matching(options.only, can_mount=drill.can_mount)
         if options.list:
-            print("\n".join(f"{cell.name:<24} {KINDS[cell.kind]}; {cell.phase.what}" for cell in cells))
+            print("\n".join(f"{cell.name:<24} {KINDS[cell.kind]}; {cell.phase.what}" for cell in drill.planned))
             return 0
         require_writable(options.json, options.page)
-        drill = Drill(cells, can_mount)
         run_all(drill, work, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -123,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.keep:
             print(f"kept: {work}", flush=True)
         else:
-            remove(work, but=[row.folder for row in drill.rows if row.problems] if drill is not None else [])
+            remove(work, but=[row.folder for row in drill.rows if row.problems])
     print(page.summary(drill), options.json, options.page, sep="\n", flush=True)
     return 0 if drill.passes else 1
 
