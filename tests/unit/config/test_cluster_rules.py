@@ -31,8 +31,9 @@ SITE: dict[str, Any] = {
     "env": {"NCCL_DEBUG": "INFO", "TOKENIZERS_PARALLELISM": "false", "WANDB_IDENTITY_TOKEN_FILE": "/home/me/token"},
     "container_image": "nvcr.io#nvidia/pytorch:25.01-py3",
     "container_mounts": ["/data:/data", "/scratch:/tmp:rw"],
-    "sbatch": {"nice": "100", "exclusive": "true", "signal": "USR2@600", "export": "ALL,KEY=$KEY"},
+    "sbatch": {"nice": "100", "exclusive": "true", "export": "ALL,KEY=$KEY"},
     "array_parallelism": 4,
+    "signal_s": 600,
 }
 
 
@@ -77,7 +78,7 @@ def test_all_that_a_site_sets_is_sound() -> None:
         ({"sbatch": {"mem": "4G"}}, "sbatch.mem", "Set cluster.memory"),
         ({"sbatch": {"output": "x"}}, "sbatch.output", "needs it for itself"),
         ({"sbatch": {"--nice": "1"}}, "sbatch.--nice", "without the --"),
-        ({"sbatch": {"signal": "B:TERM@60"}}, "sbatch.signal", "USR2@SECONDS"),
+        ({"sbatch": {"signal": "B:TERM@60"}}, "sbatch.signal", "Set cluster.signal_s"),
         ({"sbatch": {"comment": "a\n#SBATCH --hold"}}, "sbatch.comment", "one line"),
         ({"kind": "local", "num_nodes": 1, "partition": "gpu"}, "partition", "Add +cluster=slurm"),
         ({"kind": "local"}, "num_nodes", "+cluster=slurm"),
@@ -123,6 +124,7 @@ def test_a_site_is_one_file(tmp_path: Path) -> None:
         "time": "12:00:00",
         "env": {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4"},
         "sbatch": {"nice": "5"},
+        "max_restarts": 3,
     }
     assert config.cluster == ClusterConfig(**expected)
     assert config.precision.dtype == "bf16"

@@ -74,7 +74,6 @@ def test_script_asks_for_what_the_config_says() -> None:
     assert {name: found.get(name) for name in expected} == expected
     assert found["output"].startswith("/shared/big/logs/")
     assert not {"wckey", "array"} & set(found)
-    assert found["signal"] == "USR2@90" and options(script(signal_s=600))["signal"] == "USR2@600"
     lines = text.splitlines()
     setup = [lines.index(line) for line in site["setup"]]
     exports = [f"export {name}={value}" for name, value in site["env"].items()]
@@ -97,7 +96,6 @@ def test_script_asks_for_what_the_config_says() -> None:
         "requeue",
         "max_restarts",
         "mtbf_h",
-        "signal_s",
         "container_python",
     }, "each key of a site is above"
 
