@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status 0 where all cells pass, 1 where one fails, 2 where the user has something to fix, 130 where they
     interrupted."""
     options = parse(arguments)
-    work = Path(tempfile.mkdtemp(prefix="bigtrain-drill-"))
+    work, drill = Path(tempfile.mkdtemp(prefix="bigtrain-drill-")), None
     try:
         can_mount = runs.can_mount(work)
         cells = matching(options.only, can_mount=can_mount)
@@ -119,7 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     finally:
-        remove(work, keep=options.keep)
+        if options.keep:
+            print(f"kept: {work}", flush=True)
+        else:
+            remove(work, but=[row.folder for row in drill.rows if row.problems] if drill is not None else [])
     print(page.summary(drill), options.json, options.page, sep="\n", flush=True)
     return 0 if drill.passes else 1
 
@@ -219,15 +223,13 @@ def run(cell: Cell, data: Path, folder: Path, expected: Run, drill: Drill, start
     )
 
 
-def remove(work: Path, *, keep: bool) -> None:
-    """All that is not kept: cells that passed are gone already."""
-    if keep:
-        print(f"kept: {work}", flush=True)
-        return
-    for made in [work / "data", *work.glob("uninterrupted-*")]:
-        shutil.rmtree(made, ignore_errors=True)
-    if not any(work.iterdir()):
-        work.rmdir()
+def remove(work: Path, *, but: Sequence[str]) -> None:
+    """All of it, or all but these folders."""
+    for made in list(work.iterdir()):
+        if str(made) not in but:
+            shutil.rmtree(made, ignore_errors=True)
+    if not but:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

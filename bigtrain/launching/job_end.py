@@ -50,7 +50,7 @@ class Job:
 def end(config: Config, job: Job, status: int) -> int:
     """Tell why the ranks ended, and queue the job again where it is to go on. Returns the job's exit status."""
     run_dir, cluster = Path(config.run.dir), config.cluster
-    ends = [RankEnd.from_record(record) for record in failures.ends(run_dir, job.start)]
+    ends = [RankEnd.from_record(record) for record in failures.ends(run_dir, job.start, job.world)]
     if status == COME_BACK or any((each.rank, each.returncode) == (0, COME_BACK) for each in ends):
         _keep(run_dir, job.id, [])
         return _queue_again(job.id, COME_BACK) if cluster.requeue else COME_BACK

@@ -51,7 +51,6 @@ def run(run_dir: Path, place: Place, command: Sequence[str], environment: Mappin
     start, kills = failures.start_of(environment), oom_kills()
     received: list[int] = []
     failures.forget_ends(run_dir, place.rank)
-    # It waits until the rank listens (StopSignal), and until we do.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent())
 
@@ -63,7 +62,7 @@ def run(run_dir: Path, place: Place, command: Sequence[str], environment: Mappin
     for number in (*PASSED_ON, signal.SIGINT):
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
-    returncode = _wait(process, lambda: bool(received) and _another_failed(run_dir, start))
+    returncode = _wait(process, lambda: signal.SIGTERM in received and _another_failed(run_dir, start))
     end = RankEnd(place.rank, returncode, oom_kills() - kills, was_told=signal.SIGTERM in received)
     failures.write_end(run_dir, place.rank, start, end.to_record())
     if returncode not in (0, HUNG):  # those that hung have waited for each other
@@ -86,14 +85,16 @@ def _wait(process: subprocess.Popen[bytes], is_lost: Callable[[], bool]) -> int:
 
 
 def _another_failed(run_dir: Path, start: str) -> bool:
-    return any(record["returncode"] not in (0, COME_BACK) for record in failures.ends(run_dir, start))
+    seen = [failures.read_json(path, start) for path in failures.ends_seen(run_dir, start)]
+    ends = [RankEnd.from_record(record) for record in seen if record is not None]
+    return any(end.returncode not in (0, COME_BACK) and not end.was_told for end in ends)
 
 
 def _linger(run_dir: Path, start: str, world: int, received: Sequence[int]) -> None:
     """Until all ranks have ended, LINGER_S at most, or until Slurm tells us to end."""
     deadline = time.monotonic() + LINGER_S
     while time.monotonic() < deadline and signal.SIGTERM not in received:
-        if failures.num_ends(run_dir, start) >= world:
+        if len(failures.ends_seen(run_dir, start)) >= world:
             return
         time.sleep(0.2 + world / 500)  # many tasks look at one file system
 
@@ -101,6 +102,7 @@ def _linger(run_dir: Path, start: str, world: int, received: Sequence[int]) -> N
 def main(argv: Sequence[str]) -> int:
     if len(argv) != 1:
         raise UserError("usage: srun ... python -m bigtrain.launching.task RUN")
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # Slurm's warning waits until the rank listens
     run_dir = Path(argv[0])
     place = place_of(os.environ)
     device = frozen.load(run_dir).cluster.device

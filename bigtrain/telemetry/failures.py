@@ -58,23 +58,26 @@ def hang_file(run_dir: Path, name: str) -> Path:
     return run_dir / "logs" / "hang" / name
 
 
-def ends(run_dir: Path, start: str) -> list[dict[str, Any]]:
-    """What is known of the ranks whose processes have ended, in the order of the ranks."""
-    files = (run_dir / "logs" / "ends").glob(f"rank-*.{start}.json")
-    found = [record for record in (read_json(path, start) for path in files) if record is not None]
-    return sorted(found, key=lambda record: record["rank"])
+def end_file(run_dir: Path, rank: int, start: str) -> Path:
+    return run_dir / "logs" / "ends" / f"rank-{rank}.{start}.json"
 
 
-def num_ends(run_dir: Path, start: str) -> int:
-    """How many ranks have ended: one look at a folder, however many there are."""
-    return sum(1 for _ in (run_dir / "logs" / "ends").glob(f"rank-*.{start}.json"))
+def ends(run_dir: Path, start: str, world: int) -> list[dict[str, Any]]:
+    """How the ranks have ended, of which it is known. Each is asked for by its name: what another machine has written
+    is seen so at once, while a list of the folder may be old (NFS)."""
+    found = (read_json(end_file(run_dir, rank, start), start) for rank in range(world))
+    return [record for record in found if record is not None]
+
+
+def ends_seen(run_dir: Path, start: str) -> list[Path]:
+    """The files of those that this machine knows of by now: one look at the folder, however many ranks there are."""
+    return list((run_dir / "logs" / "ends").glob(f"rank-*.{start}.json"))
 
 
 def write_end(run_dir: Path, rank: int, start: str, fields: Mapping[str, Any]) -> None:
     """Keep how the process of a rank ended. A disk that takes nothing must not hide the end itself."""
     with contextlib.suppress(OSError):
-        path = run_dir / "logs" / "ends" / f"rank-{rank}.{start}.json"
-        write_json(path, {"start": start, "rank": rank, "time": time.time(), **fields})
+        write_json(end_file(run_dir, rank, start), {"start": start, "rank": rank, "time": time.time(), **fields})
 
 
 def forget_ends(run_dir: Path, rank: int) -> None:

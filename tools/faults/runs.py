@@ -34,7 +34,7 @@ RANKS = 2
 POLL_S = 0.02
 DEADLINE_S = 300.0
 """Of one launch."""
-GONE_S = 5.0
+GONE_S = 2.0
 """So long may what a launcher started outlive it."""
 DISK = "32m"
 LIMIT_S = 4.0

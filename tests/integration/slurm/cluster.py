@@ -48,7 +48,7 @@ class Cluster:
 
     def run(self, *command: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {**self.environment, **variables}
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
 
     def ask(self, *command: str | Path, cwd: Path | None = None, **variables: str) -> str:
         """Of a command that must end well."""

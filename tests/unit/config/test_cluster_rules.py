@@ -78,7 +78,7 @@ def test_all_that_a_site_sets_is_sound() -> None:
         ({"sbatch": {"mem": "4G"}}, "sbatch.mem", "Set cluster.memory"),
         ({"sbatch": {"output": "x"}}, "sbatch.output", "needs it for itself"),
         ({"sbatch": {"--nice": "1"}}, "sbatch.--nice", "without the --"),
-        ({"sbatch": {"signal": "B:TERM@60"}}, "sbatch.signal", "Set cluster.signal_s"),
+        ({"sbatch": {"signal": "B:TERM@60"}}, "sbatch.signal", "has a key of its own, cluster.signal_s"),
         ({"sbatch": {"comment": "a\n#SBATCH --hold"}}, "sbatch.comment", "one line"),
         ({"kind": "local", "num_nodes": 1, "partition": "gpu"}, "partition", "Add +cluster=slurm"),
         ({"kind": "local"}, "num_nodes", "+cluster=slurm"),
@@ -119,12 +119,12 @@ def test_a_site_is_one_file(tmp_path: Path) -> None:
     config = compose(["+cluster=ours", "cluster.num_nodes=4", "+cluster.env.OMP_NUM_THREADS=4"], [tmp_path])
     expected = {
         **SLURM,
+        "max_restarts": 3,
         "num_nodes": 4,
         "partition": "gpu",
         "time": "12:00:00",
         "env": {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4"},
         "sbatch": {"nice": "5"},
-        "max_restarts": 3,
     }
     assert config.cluster == ClusterConfig(**expected)
     assert config.precision.dtype == "bf16"

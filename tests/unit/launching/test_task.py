@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.config.status import HUNG
 from bigtrain.launching.environment import Place
+from bigtrain.launching.failure import RankEnd
 from bigtrain.launching.task import place_of
 from bigtrain.telemetry import failures
 
@@ -55,9 +57,9 @@ def test_the_end_of_a_rank_is_told(tmp_path: Path, lines: str, status: int, retu
     begin = time.monotonic()
     assert shell(tmp_path, lines).wait(20) == status
     assert time.monotonic() - begin < 8
-    (found,) = [record for record in failures.ends(tmp_path, START) if record["rank"] == 1]
+    (found,) = [record for record in failures.ends(tmp_path, START, 2) if record["rank"] == 1]
     assert (found["returncode"], found["was_told"]) == (returncode, False)
-    assert failures.ends(tmp_path, "earlier") == []
+    assert failures.ends(tmp_path, "earlier", 2) == []
 
 
 def test_a_failure_waits_for_the_other_ranks(tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_slurms_signals_reach_the_rank(tmp_path: Path) -> None:
     assert task.stdout is not None and task.stdout.readline() == "warned\n"
     os.kill(task.pid, signal.SIGTERM)
     assert task.wait(15) == 3
-    (found,) = [record for record in failures.ends(tmp_path, START) if record["rank"] == 1]
+    (found,) = [record for record in failures.ends(tmp_path, START, 2) if record["rank"] == 1]
     assert found["was_told"]
 
 
@@ -113,6 +115,6 @@ def test_a_rank_that_is_stopped_does_not_keep_the_others(tmp_path: Path) -> None
     """Slurm tells it to end, which it cannot, once another has failed."""
     task = shell(tmp_path, "echo ready; kill -STOP $$")
     ready(task)
-    failures.write_end(tmp_path, 0, START, {"returncode": 76})
+    failures.write_end(tmp_path, 0, START, RankEnd(0, HUNG).to_record())
     os.kill(task.pid, signal.SIGTERM)
     assert task.wait(20) in (137, 143)  # both signals are pending when it is let go
