@@ -33,7 +33,8 @@ mail_type: END,FAIL
 array_parallelism: 1
 setup: ["echo set up on $SLURMD_NODENAME", "export SEEN=$(hostname)"]
 env: {NCCL_DEBUG: INFO, WORDS: 'two $words'}
-sbatch: {nice: '100', comment: 'of a site', hold: 'true', signal: USR2@120}
+sbatch: {nice: '100', comment: 'of a site', hold: 'true'}
+signal_s: 120
 """
 
 
