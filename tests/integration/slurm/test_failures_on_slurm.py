@@ -54,7 +54,7 @@ def last_lines(output: Path) -> list[str]:
 
 def test_a_rank_that_is_killed_on_the_second_node(cluster: Cluster, data: Path, folder: Path, here: Path) -> None:
     run_dir = folder / "runs" / "killed"
-    fault = faulty(run_dir, rank=2, place="step", call=25, act="kill")
+    fault = faulty(run_dir, rank=2, place="step", call=25, act="SIGKILL")
     job_id = submitted(cluster.ask(*LAUNCH, *settings(data, "killed"), *TWO_NODES, *SAVED, cwd=folder, **fault))
     job = cluster.ended(job_id)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(run_dir)
@@ -71,7 +71,7 @@ def test_a_rank_that_is_stopped_in_the_plain_script(cluster: Cluster, data: Path
     limits = ["watchdog.startup_s=150", "watchdog.step_s=4"]
     cluster.ask(*LAUNCH, *settings(data, "stopped"), *TWO_NODES, *SAVED, *limits, "--freeze", cwd=folder)
     run_dir = folder / "runs" / "stopped"
-    fault = faulty(run_dir, rank=3, place="step", call=25, act="stop")
+    fault = faulty(run_dir, rank=3, place="step", call=25, act="SIGSTOP")
     script = ["--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0", "--job-name=stopped", "--time=30"]
     command = ["sbatch", *script, SOURCE / "launchers" / "slurm.sbatch", run_dir]
     job_id = submitted(cluster.ask(*command, cwd=folder, BIGTRAIN_PYTHON=sys.executable, **fault))
