@@ -70,7 +70,7 @@ class Cluster:
 
     def bring_back(self, node: str) -> None:
         self.ask("slurmd", "-N", node, "-f", self.folder / "slurm.conf", cwd=Path("/"), LOCALSLURM=str(self.folder))
-        self.ask("scontrol", "update", f"nodename={node}", "state=resume")
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")  # refused where it has come back by itself
 
     def wait(self, job_id: str, until: Callable[[dict[str, str]], bool]) -> dict[str, str]:
         """The job as it is once `until` says so."""
