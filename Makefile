@@ -27,7 +27,7 @@ smoke: install  ## train a small model on this machine's Python sources: 4 CPU r
 
 test: install  ## the whole test suite
 	@sh tests/install_system_packages.sh
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
 test-fast: install  ## the quick tests, under 2 minutes
 	$(BIN)/pytest -m "not slow" tests/unit

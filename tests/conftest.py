@@ -2,11 +2,9 @@
 
 import logging
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
-
-TESTS = Path(__file__).parent
 
 # Before any test imports the libraries that read them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,10 +18,15 @@ def _logging_as_it_is() -> None:
     logging.disable(logging.NOTSET)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay together where several processes share them (`make test`): those that use the same ranks, those
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes share the tests (`make test`), these stay together: those that use the same ranks, those
     that use the same Slurm, and else those of a file."""
-    for item in items:
-        parts = item.path.relative_to(TESTS).parts
-        shared = next((part for part in ("distributed", "slurm") if part in parts), "/".join(parts))
-        item.add_marker(pytest.mark.xdist_group(shared))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByWhatTheyShare(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return next((part for part in ("distributed", "slurm") if part in path.split("/")), path)
+
+    return ByWhatTheyShare(config, log)
