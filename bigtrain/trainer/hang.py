@@ -1,7 +1,7 @@
 """How the watchdogs of all ranks agree that the run hangs, and on why: by files in RUN/logs/hang.
 
-The first to see a limit passed leaves an alarm; every rank answers with its stacks; after a while one of them makes the
-verdict, and the others wait for that, since a launcher may end all ranks when the first ends.
+The first to see a limit passed leaves an alarm; every rank answers with its stacks; one of them claims the verdict, waits
+for the answers and makes it. The others wait for that, since a launcher may end all ranks when the first ends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ ANSWER_S = 8.0
 """So long may a rank take to say where it is."""
 VERDICT_S = 6.0
 """So long may the one that makes the verdict take then."""
-_POLL_S = 0.1
+_POLL_S, _POLL_S_A_RANK, _LONGEST_POLL_S = 0.1, 0.002, 2.0
+"""Between two looks, longer the more ranks look at one file system."""
 _STATES = {
     "T": "stopped",
     "t": "stopped by a debugger",
@@ -47,6 +48,7 @@ class Hang:
         """`begun`: when this rank began, of time.time(); an alarm from before is of an earlier start."""
         self._run_dir, self._rank, self._world, self._begun, self._host = run_dir, rank, world, begun, host
         self._start = failures.start_of()
+        self._poll_s = min(_POLL_S + _POLL_S_A_RANK * world, _LONGEST_POLL_S)
 
     @property
     def text_file(self) -> Path:
@@ -54,7 +56,8 @@ class Hang:
 
     def begin(self) -> None:
         """Remove what an earlier start of the same name has left."""
-        for stale in (f"rank-{self._rank}.json", alarm_of(self._start), claim_of(self._start), "verdict.json"):
+        claim = claim_of(self._start)
+        for stale in (f"rank-{self._rank}.json", alarm_of(self._start), claim, f"{claim}.again", "verdict.json"):
             self._file(stale).unlink(missing_ok=True)
         self._file("").mkdir(parents=True, exist_ok=True)
 
@@ -85,25 +88,34 @@ class Hang:
             self.text_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def conclude(self, alarm: dict[str, Any]) -> None:
-        """Return when the verdict is there, made by this rank if no other one is at it."""
-        deadline = time.monotonic() + ANSWER_S
+        """Return when the verdict is there. One rank claims it, and it alone reads what the others say: of thousands of
+        ranks each would read all answers of all. Where it has made none in time, a second one does."""
+        for claim, answer_s in ((claim_of(self._start), ANSWER_S), (f"{claim_of(self._start)}.again", 0.0)):
+            if self._is_first(claim):
+                self._conclude(alarm, self._reports(answer_s))
+                return
+            deadline = time.monotonic() + answer_s + VERDICT_S
+            while time.monotonic() < deadline:
+                if self._is_concluded():
+                    return
+                time.sleep(self._poll_s)
+
+    def _reports(self, wait_s: float) -> dict[int, dict[str, Any]]:
+        """What the ranks say, by rank: of all, or of those that have said it after `wait_s`."""
+        deadline = time.monotonic() + wait_s
         reports: dict[int, dict[str, Any]] = {}
-        while len(reports) < self._world and time.monotonic() < deadline and not self._is_concluded():
+        while True:
             for rank in set(range(self._world)) - reports.keys():
                 found = failures.read_json(self._file(f"rank-{rank}.json"), self._start)
                 if found is not None:
                     reports[rank] = found
-            time.sleep(_POLL_S)
-        if not self._is_first():
-            deadline = time.monotonic() + VERDICT_S
-            while not self._is_concluded() and time.monotonic() < deadline:
-                time.sleep(_POLL_S)
-        if not self._is_concluded():
-            self._conclude(alarm, reports)
+            if len(reports) == self._world or time.monotonic() >= deadline:
+                return reports
+            time.sleep(self._poll_s)
 
-    def _is_first(self) -> bool:
+    def _is_first(self, claim: str) -> bool:
         try:
-            os.close(os.open(self._file(claim_of(self._start)), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.close(os.open(self._file(claim), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             return False
         except OSError:  # a full disk, say: better twice than never

@@ -60,6 +60,31 @@ def test_who_claims_the_verdict_and_dies_is_not_waited_for_for_ever(
     assert verdict is not None and verdict["verdict"].startswith("rank 0 has never started; step 3: ")
 
 
+def test_one_rank_alone_reads_what_the_others_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand that did would open a million files, again and again."""
+    monkeypatch.setenv(failures.SPOKEN_FOR, "1")
+    monkeypatch.setattr(hang, "ANSWER_S", 1.0)
+    read, readers = failures.read_json, list[int]()
+
+    def noted(path: Path, start: str) -> dict[str, Any] | None:
+        if path.parent.name == "hang" and path.name.startswith("rank-"):
+            readers.append(threading.get_ident())
+        return read(path, start)
+
+    monkeypatch.setattr(failures, "read_json", noted)
+    everyone = [Hang(tmp_path, rank=rank, world=300, begun=0.0, host="here") for rank in range(3)]
+    for each in everyone:
+        each.begin()
+    concluding = [threading.Thread(target=each.conclude, args=(ALARM,)) for each in everyone]
+    for each in concluding:
+        each.start()
+    for each in concluding:
+        each.join(20)
+    assert len(set(readers)) == 1, "who has claimed the verdict"
+    assert len(readers) <= 4 * 300, "with a pause that grows with the ranks: 0.7 s"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_silent_rank_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(failures.SPOKEN_FOR, "1")
     monkeypatch.setattr(hang, "ANSWER_S", 0.2)
