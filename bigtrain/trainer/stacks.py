@@ -31,7 +31,8 @@ def threads() -> list[dict[str, Any]]:
 
 
 def last_collectives() -> dict[int, dict[str, Any]]:
-    """By thread, from torch's flight recorders, which are on by default: one of NCCL, one of gloo."""
+    """By thread, from torch's flight recorders, which are on by default: one of NCCL, one of gloo. NCCL's are put in a
+    queue: of several that are under way it is the oldest, which all behind it wait for; where none is, the newest."""
     c10d = sys.modules.get("torch._C._distributed_c10d")
     entries: list[dict[str, Any]] = []
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
@@ -39,16 +40,35 @@ def last_collectives() -> dict[int, dict[str, Any]]:
             entries += json.loads(getattr(c10d, name)(includeCollectives=True, onlyActive=False))["entries"]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):  # not there: the stacks must do
             continue
-    entries.sort(key=lambda entry: entry.get("time_created_ns", 0))
+    entries.sort(key=_created)
+    over = _over(entries)
     last: dict[int, dict[str, Any]] = {}
     for entry in entries:
-        last[int(entry.get("thread_id") or 0)] = {
-            "op": str(entry.get("profiling_name", "")).partition(":")[2] or "collective",
+        thread, group = int(entry.get("thread_id") or 0), _group(entry.get("process_group") or [""])
+        if thread in last and last[thread]["under_way"]:
+            continue
+        last[thread] = {
+            "op": _op(entry),
             "sequence": entry.get("p2p_seq_id" if entry.get("is_p2p") else "collective_seq_id", 0),
-            "group": _group(entry.get("process_group") or [""]),
-            "under_way": not entry.get("retired", True),
+            "group": group,
+            "under_way": not entry.get("retired", True) and _created(entry) > over.get(group, -1),
         }
     return last
+
+
+def _over(entries: list[dict[str, Any]]) -> dict[str, int]:
+    """By group, up to when all is over, whatever the entries say: its collectives end in order, and torch never retires
+    the parts of a coalesced one."""
+    in_order = (each for each in entries if not each.get("is_p2p") or _op(each) == "coalesced")
+    return {_group(each.get("process_group") or [""]): _created(each) for each in in_order if each.get("retired", True)}
+
+
+def _created(entry: dict[str, Any]) -> int:
+    return entry.get("time_created_ns", 0)
+
+
+def _op(entry: dict[str, Any]) -> str:
+    return str(entry.get("profiling_name", "")).partition(":")[2] or "collective"
 
 
 def _group(names: list[str]) -> str:

@@ -66,6 +66,22 @@ def entry(name: str, at: int, *, retired: bool = True, group: tuple[str, str] = 
             ("recv 0<-1", 23, "default_pg", True),
         ),
         ([entry("nccl:all_gather", 1, group=("4", "undefined"))], [], ("all_gather", 11, "group 4", False)),
+        # NCCL's queue: the oldest that is under way is what the others behind it wait for
+        (
+            [
+                entry("nccl:all_gather", 1),
+                entry("nccl:all_reduce", 2, retired=False),
+                entry("nccl:reduce_scatter", 3, retired=False),
+            ],
+            [entry("gloo:barrier", 4, group=("1", "host"))],
+            ("all_reduce", 12, "default_pg", True),
+        ),
+        # torch retires a batch of sends and receives, not its parts
+        (
+            [entry("nccl:recv 0<-1", 1, retired=False), entry("nccl:coalesced", 2), entry("nccl:all_reduce", 3)],
+            [],
+            ("all_reduce", 13, "default_pg", False),
+        ),
     ],
 )
 def test_the_last_collective_of_a_thread(
