@@ -63,14 +63,14 @@ def end_file(run_dir: Path, rank: int, start: str) -> Path:
 
 
 def ends(run_dir: Path, start: str, world: int) -> list[dict[str, Any]]:
-    """How the ranks have ended, of which it is known. Each is asked for by its name: what another machine has written
-    is seen so at once, while a list of the folder may be old (NFS)."""
+    """How the ranks have ended, of which it is known."""
     found = (read_json(end_file(run_dir, rank, start), start) for rank in range(world))
     return [record for record in found if record is not None]
 
 
 def ends_seen(run_dir: Path, start: str) -> list[Path]:
-    """The files of those that this machine knows of by now: one look at the folder, however many ranks there are."""
+    """The files of those: one look at the folder, however many ranks there are. To list it is to open it, so NFS too
+    shows what other machines have written."""
     return list((run_dir / "logs" / "ends").glob(f"rank-*.{start}.json"))
 
 
@@ -104,9 +104,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, start: str) -> dict[str, Any] | None:
-    """What was written there in this start; None where nothing was."""
+    """What was written there in this start, on any machine; None where nothing was.
+
+    NFS keeps it for up to a minute that a name is not there, whoever has written it meanwhile. Opening the folder makes
+    it ask again."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            os.close(os.open(path.parent, os.O_RDONLY))
+            text = path.read_text(encoding="utf-8")
+        found: Any = json.loads(text)
     except (OSError, ValueError):
         return None
     return cast("dict[str, Any]", found) if isinstance(found, dict) and found.get("start") == start else None

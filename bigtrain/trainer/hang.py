@@ -1,7 +1,7 @@
 """How the watchdogs of all ranks agree that the run hangs, and on why: by files in RUN/logs/hang.
 
-The first to see a limit passed leaves an alarm; every rank answers with its stacks; one of them claims the verdict, waits
-for the answers and makes it. The others wait for that, since a launcher may end all ranks when the first ends.
+The first to see a limit passed leaves an alarm; every rank answers with its stacks; one of them claims the verdict,
+waits for the answers and makes it. The others wait for that, since a launcher may end all ranks when the first ends.
 """
 
 from __future__ import annotations
@@ -105,13 +105,18 @@ class Hang:
         deadline = time.monotonic() + wait_s
         reports: dict[int, dict[str, Any]] = {}
         while True:
-            for rank in set(range(self._world)) - reports.keys():
+            for rank in self._answered() - reports.keys():
                 found = failures.read_json(self._file(f"rank-{rank}.json"), self._start)
                 if found is not None:
                     reports[rank] = found
             if len(reports) == self._world or time.monotonic() >= deadline:
                 return reports
             time.sleep(self._poll_s)
+
+    def _answered(self) -> set[int]:
+        """The ranks that have a file there: one look at the folder, which NFS knows anew whenever it is opened."""
+        there = {path.name for path in self._file("").glob("rank-*.json")}
+        return {rank for rank in range(self._world) if f"rank-{rank}.json" in there}
 
     def _is_first(self, claim: str) -> bool:
         try:

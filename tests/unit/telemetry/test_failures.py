@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,20 @@ def test_a_file_of_another_start_is_none(tmp_path: Path) -> None:
     path.write_text("{")
     assert failures.read_json(path, "one") is None
     assert [each.name for each in path.parent.iterdir()] == ["rank-3.json"], "nothing is left aside"
+
+
+def test_a_file_that_nfs_thinks_missing_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No NFS here: this one shows what another machine wrote once the folder is opened, as NFS does."""
+    path, open_ = failures.end_file(tmp_path, 0, "one"), os.open
+
+    def opened(name: os.PathLike[str], flags: int) -> int:
+        if Path(name) == path.parent:
+            path.write_text('{"start": "one", "rank": 0}')
+        return open_(name, flags)
+
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr(os, "open", opened)
+    assert [end["rank"] for end in failures.ends(tmp_path, "one", 1)] == [0]
 
 
 def test_a_crash_has_its_first_line_and_its_traceback(tmp_path: Path) -> None:

@@ -64,24 +64,25 @@ def test_one_rank_alone_reads_what_the_others_say(tmp_path: Path, monkeypatch: p
     """A thousand that did would open a million files, again and again."""
     monkeypatch.setenv(failures.SPOKEN_FOR, "1")
     monkeypatch.setattr(hang, "ANSWER_S", 1.0)
-    read, readers = failures.read_json, list[int]()
+    read, readers, looks = failures.read_json, list[int](), list[int]()
 
     def noted(path: Path, start: str) -> dict[str, Any] | None:
-        if path.parent.name == "hang" and path.name.startswith("rank-"):
-            readers.append(threading.get_ident())
+        if path.parent.name == "hang":
+            (readers if path.name.startswith("rank-") else looks).append(threading.get_ident())
         return read(path, start)
 
     monkeypatch.setattr(failures, "read_json", noted)
     everyone = [Hang(tmp_path, rank=rank, world=300, begun=0.0, host="here") for rank in range(3)]
     for each in everyone:
         each.begin()
+        each.answer({"phase": "step", "step": 3, "thread": 1}, [])
     concluding = [threading.Thread(target=each.conclude, args=(ALARM,)) for each in everyone]
     for each in concluding:
         each.start()
     for each in concluding:
         each.join(20)
-    assert len(set(readers)) == 1, "who has claimed the verdict"
-    assert len(readers) <= 4 * 300, "with a pause that grows with the ranks: 0.7 s"
+    assert len(set(readers)) == 1 and len(readers) == 3, "who has claimed the verdict, and each answer once"
+    assert len(looks) <= 10, "the others look for it every 0.7 s: the more ranks, the longer"
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
