@@ -57,9 +57,20 @@ _TAKEN = ("array", "chdir", "error", "input", "job-name", "ntasks", "open-mode",
 _SET_BY_LAUNCHER = re.compile(
     r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|PYTHONSAFEPATH|(SLURM|SUBMITIT)_.*)"
 )
-_SECRET = re.compile(r"\w*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?|PASS|AUTH", re.IGNORECASE)
+_SECRET = re.compile(r"\w*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?|PASS|PGPASS|AUTH", re.IGNORECASE)
+_SECRET_AT_END = re.compile(r"\w+_(PAT|PWD)", re.IGNORECASE)
+_PUBLIC = ("NCCL_IB_PKEY", "UCX_IB_PKEY")
+"""Partition keys of InfiniBand."""
 _ASSIGNED = re.compile(r"(?<![\w-])(\w+)=(\"?'?)([^\s$\"'`]\S*)")
 """NAME=VALUE in a shell line, where VALUE is written out: neither empty nor looked up with $ or a command."""
+_HANDED_OVER = (
+    (r"\bwandb\s+login(?:\s+(?:--host[=\s]\s*\S+|-\S+))*+\s+[\"']?\w", "WANDB_API_KEY"),
+    (r"--(?:[\w-]+-)?(?:token|password|passwd|secret|api-?key)(?:=|\s+)[\"']?[\w+=]", "it"),
+    (r"\bauthorization:\s*(?:bearer|basic|token)\s+[\w+/=]", "it"),
+    (r"://[^\s/@:]*:[^\s/@$`][^\s/@]*@", "it"),
+)
+"""A secret written out otherwise in a shell line, and what to set instead: the value of an option (but no path), a
+header, the password of a URL."""
 
 
 def cluster_problems(config: Config, world: int) -> Iterator[Problem]:
@@ -164,12 +175,16 @@ def _environment(cluster: ClusterConfig) -> Iterator[Problem]:
 def is_secret(name: str) -> bool:
     """Whether a variable of this name would hold a secret. A path to one is none: WANDB_IDENTITY_TOKEN_FILE."""
     parts = name.split("_")
-    return parts[-1].upper() not in ("FILE", "PATH", "DIR") and any(_SECRET.fullmatch(part) for part in parts)
+    if name in _PUBLIC or parts[-1].upper() in ("FILE", "PATH", "DIR"):
+        return False
+    return _SECRET_AT_END.fullmatch(name) is not None or any(_SECRET.fullmatch(part) for part in parts)
 
 
 def _written_secret(text: str) -> str | None:
-    """The name of a variable in shell text that a secret is written out for."""
-    return next((found[1] for found in _ASSIGNED.finditer(text) if is_secret(found[1])), None)
+    """The name of a variable to set instead of a secret that is written out in shell text; "it" where it has none."""
+    names = [found[1] for found in _ASSIGNED.finditer(text) if is_secret(found[1])]
+    names += [name for pattern, name in _HANDED_OVER if re.search(pattern, text, re.IGNORECASE)]
+    return next(iter(names), None)
 
 
 def _kept(key: str, name: str) -> Problem:

@@ -97,6 +97,12 @@ def test_a_bad_value_is_one_line_that_names_it(cluster: dict[str, Any], key: str
         {"env": {"PROXY": "https://me:s3cr3t@proxy"}},
         {"setup": ["module load cuda; export HF_TOKEN=s3cr3t"]},
         {"setup": ["export DB_PASSWORD='s3cr3t'"]},
+        {"setup": ["wandb login --relogin --host https://w.example s3cr3t"]},
+        {"setup": ["huggingface-cli login --token s3cr3t"]},
+        {"setup": ["tool --api-key='s3cr3t'"]},
+        {"setup": ["curl -H 'authorization: Bearer s3cr3t' https://example.org"]},
+        {"setup": ["pip install x --index-url https://me:s3cr3t@example.org/simple"]},
+        {"env": {"GITHUB_PAT": "s3cr3t"}},
         {"sbatch": {"export": "ALL,GITHUB_TOKEN=s3cr3t"}},
     ],
 )
@@ -105,9 +111,40 @@ def test_a_secret_is_refused_and_not_shown(cluster: dict[str, Any]) -> None:
     assert "looks like a secret" in message and "s3cr3t" not in message
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "wandb login $WANDB_API_KEY",
+        "wandb login --host https://w.example",
+        'wandb login "$(cat ~/.wandb)"; echo done',
+        "huggingface-cli login --token $(cat ~/.hf)",
+        "tool --token-file tokens --password-stdin --api-key /home/me/key --max-tokens 8",
+        'curl -H "Authorization: Bearer $TOKEN" https://example.org:8080/a@b',
+        "git clone https://me:${TOKEN}@example.org/x ssh://git@example.org/y",
+        "export https_proxy=http://proxy:3128 NCCL_IB_PKEY=0x7fff",
+    ],
+)
+def test_what_is_looked_up_is_no_secret(line: str) -> None:
+    assert problems(setup=[line]) == {}
+
+
 def test_names_of_secrets() -> None:
     secret = ("WANDB_API_KEY", "HF_TOKEN", "APIKEY", "MY_TOKENS", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "DB_PASS")
-    public = ("TOKENIZERS_PARALLELISM", "KEYBOARD", "NCCL_DEBUG", "AWS_SHARED_CREDENTIALS_FILE", "COMPASS", "AUTHOR")
+    secret += ("PGPASS", "DB_PWD", "GITHUB_PAT")
+    public = (
+        "NCCL_IB_PKEY",
+        "UCX_IB_PKEY",
+        "PWD",
+        "OLDPWD",
+        "PATH",
+        "PGPASSFILE",
+        "TOKENIZERS_PARALLELISM",
+        "KEYBOARD",
+        "NCCL_DEBUG",
+        "AWS_SHARED_CREDENTIALS_FILE",
+        "COMPASS",
+        "AUTHOR",
+    )
     assert all(map(is_secret, secret)) and not any(map(is_secret, public))
 
 
