@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from bigtrain.checkpoint import folder as folders
 from bigtrain.config.derive import num_steps
 from bigtrain.config.schema import Config
 from bigtrain.launching.local import Command
@@ -68,7 +69,7 @@ def _summary(run_dir: Path) -> dict[str, Any]:
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest committed checkpoint of a run."""
-    return max((path.parent for path in (run_dir / "checkpoints").glob("step-*/COMMITTED")), default=None)
+    return folders.newest(run_dir / "checkpoints")
 
 
 def already_finished(config: Config, typed: Sequence[str]) -> list[str]:
@@ -76,7 +77,7 @@ def already_finished(config: Config, typed: Sequence[str]) -> list[str]:
     flags of the command line."""
     run_dir, train = Path(config.run.dir), config.train
     checkpoint = newest_checkpoint(run_dir)
-    steps = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+    steps = 0 if checkpoint is None else folders.step_of(checkpoint) or 0
     last = num_steps(train)
     if steps < min(last, train.stop_after or last) or _summary(run_dir).get("steps") != steps:
         return []

@@ -101,7 +101,7 @@ def _run_folder(config: Config) -> Iterator[Problem]:
 
 def _resume(config: Config) -> Iterator[Problem]:
     resume, run_dir = config.checkpoint.resume, Path(config.run.dir)
-    own = sorted(path.parent for path in (run_dir / "checkpoints").glob("step-*/COMMITTED"))
+    own = folders.committed(run_dir / "checkpoints")
     named = Path(resume).resolve()
     is_older_own = named in [path.resolve() for path in own[:-1]]
     if own and (resume == "never" or is_older_own):

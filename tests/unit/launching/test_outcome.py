@@ -71,12 +71,12 @@ def test_summary_with_parts_missing(tmp_path: Path) -> None:
 
 def test_newest_committed_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
-    for step in (9, 10, 11):
-        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+    for name in ("step-00000009", "step-99999999", "step-100000000", "step-old", "step-100000001"):
+        folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)
-        if step != 11:  # half written
+        if name != "step-100000001":  # half written
             (folder / "COMMITTED").touch()
-    newest = tmp_path / "checkpoints" / "step-00000010"
+    newest = tmp_path / "checkpoints" / "step-100000000"
     assert newest_checkpoint(tmp_path) == newest
     assert f"checkpoint={newest}" in generate_command(Config(), newest).arguments
 
