@@ -115,3 +115,13 @@ def test_the_cluster_stops_cleanly_and_starts_again_after_a_crash(tmp_path: Path
         stopped = cluster.control("stop")
     assert stopped.returncode == 0, stopped.stderr
     assert processes_of(cluster.folder) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_that_another_user_has_made_is_not_trusted(tmp_path: Path) -> None:
+    """Its slurm.conf names what we would run, and a link what we would delete."""
+    for folder in (tmp_path / "slurm", tmp_path / "link"):
+        folder.symlink_to(tmp_path) if folder.name == "link" else folder.mkdir()
+        os.chown(folder, 65534, -1, follow_symlinks=False)
+        done = Cluster(folder).control("start")
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {folder} is of another user, "), done.stderr
