@@ -39,8 +39,8 @@ class ClusterConfig:
     """Slurm: queue the job again at the time limit, on preemption, on node failure, and after a crash or a hang as
     often as max_restarts says; it goes on where it was."""
     signal_s: int = 90
-    """Slurm: seconds ahead of the time limit at which it warns the run, which then saves: more than a step and a save
-    take."""
+    """Slurm: seconds ahead of the time limit at which it warns the run, which then saves: more than a batch of an
+    evaluation, a step and a save take together."""
     mtbf_h: float = 24.0
     """Hours between failures of the whole job, for checkpoint.interval=auto; once the run has failed three times, its
     own mean counts instead. For orientation: 1,024 GPUs fail about every 8 hours, 16,384 every 2 to 3
