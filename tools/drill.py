@@ -2,8 +2,8 @@
 
 Each cell of the matrix is a run of its own: two ranks on CPUs, a small model, the text of Python's own library. It is
 started as bigtrain.launch starts it, the fault strikes, and the run goes on, by itself or started again as a cluster
-would. Then it is held against a run that was never interrupted. Run it from a clone: the small run is that of the
-tests.
+would. Then it is held against a run that was never interrupted. --list says what each fault and phase is. Nothing of it
+runs on Slurm or on a GPU. Run it from a clone: the small run is that of the tests.
 """
 
 from __future__ import annotations
