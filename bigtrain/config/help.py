@@ -17,14 +17,14 @@ Pretrain a language model: text to tokenizer, shards, ranks, checkpoints and a r
 usage: python -m bigtrain.launch [GROUP=PRESET ...] [KEY=VALUE ...] [FLAG]
 
 Without arguments it trains a small Llama-style model on this machine, on the Python sources found here.
-Everything about the run lands in its folder, runs/NAME. Started again, a run goes on from its last checkpoint.
+Everything about the run lands in its folder, runs/NAME. Ctrl-C saves it, and the same command goes on from there.
+Failures: cluster.max_restarts, watchdog.* (what hangs), anomaly.* (bad losses); docs/failures.md has the rest.
 """
 _EXAMPLES = """\
 examples:
   python -m bigtrain.launch dry_run=true                          every derived number, and what would start
   python -m bigtrain.launch run.name=fast optim.lr=2e-3 schedule=wsd
   python -m bigtrain.launch cluster.procs_per_node=4 parallel=zero3 parallel.tensor=2
-  python -m bigtrain.launch +experiment=one_gpu
   python -m bigtrain.launch +experiment=finetune checkpoint.init_from=runs/default 'data.prepare.inputs=[qa.jsonl]'
   python -m bigtrain.launch +cluster=slurm model=gpt_1b cluster.partition=gpu dry_run=true
   python -m bigtrain.launch --multirun run.name=sweep optim.lr=1e-3,3e-4 run.seed=1,2

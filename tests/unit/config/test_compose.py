@@ -160,6 +160,7 @@ def test_help_teaches_groups_presets_keys_and_examples() -> None:
         file.read_text(encoding="utf-8").startswith("#") for group in group_names() for file in presets(group).values()
     )
     assert keys.by_path()["optim.lr"].doc in text
+    assert all(told in text for told in ("Ctrl-C", "cluster.max_restarts", "watchdog.*", "anomaly.*"))
     assert max(map(len, text.splitlines())) <= 120
 
 
