@@ -101,6 +101,7 @@ def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> 
                 console.note(f"stopped by {name}: step {position.step} is saved in {where}{goes_on}")
         if spent := recorder.account():
             console.note(spent.told())
+        recorder.close(hurried=stop_signal.received is not None)
     if runtime.is_main:
         _sum_up(run_dir, data, time.perf_counter() - begin, console)
     stop()
