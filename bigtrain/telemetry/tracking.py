@@ -63,7 +63,7 @@ class WandbTracker:
         finishing.start()
         finishing.join(limit_s)
         if finishing.is_alive():
-            self._warn(f"warning: W&B did not finish in {limit_s:g} s; `wandb sync` sends what its server has not taken")
+            self._warn(f"warning: W&B did not finish in {limit_s:g} s; `wandb sync` sends what its server did not take")
 
     def _finish(self, run: Any, failed: bool) -> None:
         try:
