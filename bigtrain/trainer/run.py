@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bigtrain.config.derive import flops_per_token
+from bigtrain.config.derive import collective_timeout_s, flops_per_token
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.data.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> 
     begin = time.perf_counter()
     clock = Clock(process_start())
     with console.phase("joining the ranks"):
-        runtime = start(config)
+        runtime = start(config, timeout_s=collective_timeout_s(config.watchdog))
     _check_world(config, runtime.topology.world)
     resume = checkpoints_to_resume(config, run_dir)
     stop_signal = StopSignal(runtime, say=console.note_at_once)
