@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import load
@@ -59,9 +60,7 @@ def main(arguments: list[str]) -> int:
             )
             return USER_ERROR
         _say_crash(error, run_dir, rank, watchdog.step)
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(CRASHED)  # without waiting for threads that wait for other ranks
+        leave(CRASHED)
     watchdog.stop()
     if stopped_by:  # srun ends the others once rank 0 has said it: they end well by themselves
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -90,5 +89,14 @@ def _say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+def leave(status: int) -> NoReturn:
+    """End this process at once. Python would wait for its threads, and libraries for other ranks or a server, with
+    nobody to watch over it; all that counts is on the disk."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

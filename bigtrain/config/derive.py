@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bigtrain.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
+from bigtrain.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig, WatchdogConfig
 
 BYTES_OF_DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -141,6 +141,13 @@ def sequences_of_evaluation(config: Config) -> int:
     if config.eval.num_tokens is None:
         return config.eval.num_batches * config.train.global_batch_size
     return -(-config.eval.num_tokens // config.train.sequence_length)
+
+
+def collective_timeout_s(limits: WatchdogConfig) -> float:
+    """Seconds after which torch gives a collective up: behind the watchdog, whose verdict says more. A limit that grows
+    is that of a phase which takes no longer than the given limits as a rule."""
+    given = (limits.startup_s, limits.data_s, limits.step_s, limits.eval_s, limits.save_s)
+    return max(1800.0, max(limits.factor, 1.0) * max(given) + 600.0)
 
 
 def world_size(config: Config) -> int:

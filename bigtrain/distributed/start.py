@@ -59,7 +59,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def start(config: Config, *, timeout_s: float = 1800.0) -> Runtime:
-    """Join the process group and make Megatron's groups for `config.parallel`.
+    """Join the process group and make Megatron's groups for `config.parallel`. `timeout_s`: that a collective may take.
 
     Raises UserError where the layout does not divide the world, or the device is not there."""
     if config.parallel.tensor > 1:
@@ -85,10 +85,10 @@ def start(config: Config, *, timeout_s: float = 1800.0) -> Runtime:
             timeout=timedelta(seconds=timeout_s),
             store=dist.HashStore() if world == 1 else None,  # alone, no port is needed
         )
-    return Runtime(topology, device, _megatron_groups(config, device))
+    return Runtime(topology, device, _megatron_groups(config, device, timeout_s))
 
 
-def _megatron_groups(config: Config, device: torch.device) -> Any:
+def _megatron_groups(config: Config, device: torch.device, timeout_s: float) -> Any:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -101,6 +101,7 @@ def _megatron_groups(config: Config, device: torch.device) -> Any:
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # a timedelta is made of it
     )
     return ProcessGroupCollection.use_mpu_process_groups()
 

@@ -139,6 +139,8 @@ class Past:
         self.attempts: list[Attempt] = []
         self.is_noted = True
         """Whether all that is known of the last attempt stands in a `goodput` event."""
+        self._evaluated: dict[int, set[str]] = {}
+        """Names of the evaluation sets that were measured, by step."""
 
     def see(self, record: Mapping[str, Any]) -> None:
         if record.get("name") == "goodput":
@@ -152,6 +154,14 @@ class Past:
             if self.attempts and not self.attempts[-1].ended:
                 self.attempts[-1] = self.attempts[-1].with_step(record["step"], float(record["step_time_s"]))
                 self.is_noted = False
+        elif record.get("kind") == "eval":
+            self._evaluated.setdefault(record["step"], set()).add(record.get("set", ""))
+
+    def lacks(self, step: int, sets: Iterable[str]) -> list[str]:
+        """Which of these evaluation sets no attempt measured at `step`. None where the step is of another run, whose
+        checkpoint this one goes on from."""
+        known = self._evaluated.get(step, set[str]())
+        return [name for name in sets if name not in known] if 0 < step <= self.last_step else []
 
 
 def attempts_in(records: Iterable[Mapping[str, Any]]) -> list[Attempt]:

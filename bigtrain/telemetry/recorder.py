@@ -16,7 +16,7 @@ from bigtrain.config.schema import Config
 from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.goodput import Account, Clock, Past, account
 from bigtrain.telemetry.metrics import METRICS_FILE, MetricsFile, read_metrics
-from bigtrain.telemetry.tracking import WandbTracker
+from bigtrain.telemetry.tracking import FINISH_S, HURRIED_FINISH_S, WandbTracker
 
 
 class Save(Protocol):
@@ -182,12 +182,13 @@ class Recorder:
             return None
         return account([*self.past.attempts, self._clock.attempt()])
 
-    def close(self, *, failed: bool = False, ended: bool = True) -> None:
-        """Finish all outputs. A second call does nothing. `ended`: not by a crash."""
+    def close(self, *, failed: bool = False, ended: bool = True, hurried: bool = False) -> None:
+        """Finish all outputs. A second call does nothing. `ended`: not by a crash. `hurried`: there is little time, as
+        where it failed."""
         self._account(ended=ended)
         self._console.close()
         if self._tracker is not None:
-            self._tracker.close(failed=failed)
+            self._tracker.close(failed=failed, limit_s=HURRIED_FINISH_S if failed or hurried else FINISH_S)
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None

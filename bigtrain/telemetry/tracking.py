@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,10 @@ from bigtrain.config import frozen, locations
 from bigtrain.config.schema import Config
 
 _ID_FILE = "wandb_id"
+FINISH_S = 300.0
+"""For what W&B's server has not taken yet, at the end of a run; what it takes later is there for ``wandb sync``."""
+HURRIED_FINISH_S = 10.0
+"""The same where a signal or an error ends it: who sends a signal kills soon, and the other ranks wait."""
 _HIDDEN = "(not logged)"
 _CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _QUERY_OF_URL = re.compile(r"(://[^\s?]*)\?\S*")
@@ -48,11 +53,19 @@ class WandbTracker:
         except Exception as error:
             self._give_up(error)
 
-    def close(self, *, failed: bool = False) -> None:
-        """Finish the W&B run, marked as failed or not. A second call does nothing."""
+    def close(self, *, failed: bool = False, limit_s: float = FINISH_S) -> None:
+        """Finish the W&B run, marked as failed or not, within `limit_s`: without its server W&B tries for hours. A
+        second call does nothing."""
         run, self._run = self._run, None
         if run is None:
             return
+        finishing = threading.Thread(target=self._finish, args=(run, failed), name="W&B finish", daemon=True)
+        finishing.start()
+        finishing.join(limit_s)
+        if finishing.is_alive():
+            self._warn(f"warning: W&B did not finish in {limit_s:g} s; `wandb sync` sends what its server did not take")
+
+    def _finish(self, run: Any, failed: bool) -> None:
         try:
             run.finish(exit_code=1 if failed else 0)
         except Exception as error:

@@ -69,11 +69,14 @@ class Evaluator:
         sizes, at_start = tokenizer.bytes_of_tokens(), tokenizer.bytes_of_tokens(at_start=True)
         return Evaluator(batches, sizes, bytes_at_start=at_start, bos_id=tokenizer.bos_id)
 
-    def evaluate(self, model: Model) -> Evaluation:
-        """Collective."""
+    def evaluate(self, model: Model, *, stops: Callable[[], bool] = lambda: False) -> Evaluation:
+        """Collective. `stops` is asked ahead of each batch, on all ranks alike: where it says so the rest is left
+        out."""
         runtime = model.runtime
         nats, tokens, text_bytes = 0.0, 0, 0
         for microbatches in self._batches():
+            if stops():
+                break
             loss = model.evaluate(microbatches)
             nats += loss.nats.item()
             tokens += int(loss.tokens.item())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from bigtrain.config.derive import num_steps, tokens_per_step
@@ -66,14 +66,33 @@ def fit(
     pace: Pace,
     stop: StopSignal,
     watchdog: Watchdog,
+    owed: Collection[str] = (),
 ) -> Position:
     """Train from `start` to the last step, to where `stop` is agreed on, or to where `guard` gives up: then to in front
     of the step that went wrong. Returns where it stopped, once all saves have ended.
 
     `evaluators`: of each evaluation set, by its name. `epochs`: how often each source was gone through in so many
-    sequences (`Order.epochs`)."""
+    sequences (`Order.epochs`). `owed`: sets that an attempt which was stopped has not measured at `start`."""
     position, last = start, last_step(config)
-    if position.step >= last:
+
+    def measure(sets: Collection[str]) -> float | None:
+        """Record the loss on each. Returns the first, None where a signal broke it off: it is owed then."""
+        losses: list[float] = []
+        for name in sets:
+            with clock.part("evaluation"), watchdog.phase("eval"):
+                found = evaluators[name].evaluate(engine, stops=stop.agreed)
+            if stop.told:  # who stops us may not wait
+                return None
+            record = found.as_record()
+            recorder.evaluation(position.step, set=name, **record)
+            losses.append(record["loss"])
+        recorder.epochs(position.step, epochs(position.cursor.num_sequences))
+        stop.agreed()
+        return losses[0] if losses else None
+
+    if owed:
+        measure(owed)
+    if stop.told or position.step >= last:
         return position
     clock.go_on_with("compute")
     for batch, seconds in timed(clock.each("data_wait", watchdog.steps(batches, done=position.step))):
@@ -101,25 +120,15 @@ def fit(
         recorder.bad_documents(position.step, [skipped.reason for skipped in batch.skipped])
         if guard.skipped:
             recorder.event("skipped", step=position.step, reason=guard.skipped)
-        told, ending = stop.agreed(), position.step >= last
-        losses: list[float] = []
-        if told:  # nothing comes before the save: who stops us may not wait
-            ledger.sync()
-            saver.save(engine, position.step, position.cursor)
-            recorder.saved(saver.wait())
-        if ending or due(position.step, config.eval.interval):
-            for name, evaluator in evaluators.items():
-                with clock.part("evaluation"), watchdog.phase("eval"):
-                    record = evaluator.evaluate(engine).as_record()
-                recorder.evaluation(position.step, set=name, **record)
-                losses.append(record["loss"])
-            recorder.epochs(position.step, epochs(position.cursor.num_sequences))
+        ending, held_out_loss = position.step >= last, None
+        if not stop.agreed() and (ending or due(position.step, config.eval.interval)):
+            held_out_loss = measure(evaluators)
         # while steps are skipped there is nothing new to save, and a rewind must go back behind them
-        if not told and (ending or (not guard.skips and pace.due(position.step))):
+        if stop.told or ending or (not guard.skips and pace.due(position.step)):
             ledger.sync()
-            saver.save(engine, position.step, position.cursor, loss=losses[0] if losses else None)
+            saver.save(engine, position.step, position.cursor, loss=held_out_loss)
         recorder.saved(saver.finished())
-        if told or ending:
+        if stop.told or ending:
             break
     recorder.saved(saver.wait())
     return position

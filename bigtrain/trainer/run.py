@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bigtrain.config.derive import flops_per_token
+from bigtrain.config.derive import collective_timeout_s, flops_per_token
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.data.tokenizer import Tokenizer
@@ -37,12 +37,13 @@ from bigtrain.trainer.watchdog import Watchdog
 def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> str | None:
     """Train `config` in `run_dir` on this rank, from its newest checkpoint on. Collective; every rank calls it.
 
-    Returns the name of the signal that stopped it before its last step, the same on every rank.
+    Returns the name of the signal that stopped it, the same on every rank: the run is not complete, though it may have
+    done its last step.
     Raises UserError for what the user can fix: missing data, a layout that does not fit, a foreign checkpoint."""
     begin = time.perf_counter()
     clock = Clock(process_start())
     with console.phase("joining the ranks"):
-        runtime = start(config)
+        runtime = start(config, timeout_s=collective_timeout_s(config.watchdog))
     _check_world(config, runtime.topology.world)
     resume = checkpoints_to_resume(config, run_dir)
     stop_signal = StopSignal(runtime, say=console.note_at_once)
@@ -93,20 +94,22 @@ def run(config: Config, run_dir: Path, console: Console, watchdog: Watchdog) -> 
             raise
         finally:
             recorder.saved(saver.close())
-        if name := stop_signal.received:
+        if name := stop_signal.told:
             recorder.event("stop", step=position.step, signal=name)
             if saver.last is not None and not saver.last.error:
-                goes_on = "; the same command goes on from there" if position.step < last_step(config) else ""
                 where = saver.folder(position.step)
-                console.note(f"stopped by {name}: step {position.step} is saved in {where}{goes_on}")
+                console.note(
+                    f"stopped by {name}: step {position.step} is saved in {where}; the same command goes on from there"
+                )
         if spent := recorder.account():
             console.note(spent.told())
-    if runtime.is_main:
+        recorder.close(hurried=stop_signal.received is not None)
+    if runtime.is_main and not stop_signal.told:  # a run that is stopped has no time: its next start does it
         _sum_up(run_dir, data, time.perf_counter() - begin, console)
     stop()
     if saver.last is not None and saver.last.error:
         raise UserError(f"{saver.last.error}. The same command goes on from the newest checkpoint in {saver.root}")
-    return stop_signal.received if position.step < last_step(config) else None
+    return stop_signal.told or None
 
 
 def _go_on(

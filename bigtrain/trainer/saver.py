@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.slices import Fragment
 from bigtrain.checkpoint.snapshot import Snapshot, room
 from bigtrain.config import frozen
+from bigtrain.config.derive import collective_timeout_s
 from bigtrain.config.errors import UserError
 from bigtrain.config.same_run import difference
 from bigtrain.config.schema import Config
@@ -101,7 +103,9 @@ class Saver:
         """How the last save ended; None before the first has."""
         self._is_async = config.checkpoint.async_
         # the thread's collectives must not mix with those of the step
-        group = dist.new_group(backend="gloo", group_desc="checkpoint") if config.checkpoint.async_ else None
+        timeout = timedelta(seconds=collective_timeout_s(config.watchdog))
+        is_async = config.checkpoint.async_
+        group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint") if is_async else None
         self._group = cast("dist.ProcessGroup | None", group)
 
     @property

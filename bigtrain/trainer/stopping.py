@@ -1,4 +1,4 @@
-"""Stop at a step boundary, on all ranks at the same one."""
+"""Stop between two steps, or two batches of an evaluation, on all ranks at the same place."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class StopSignal:
         """`say` gets STOPPING once, at once: inside the signal handler where this rank got the signal."""
         self._runtime, self._say = runtime, say
         self._number = 0
+        self.told = ""
+        """Name of the signal that all ranks have agreed to stop for, the same on each; empty before."""
 
     @property
     def received(self) -> str | None:
@@ -48,6 +50,7 @@ class StopSignal:
         if number:  # else leave it: a signal that came during the all-reduce counts at the next step
             self._note(number)
             self._number = number  # the same on all ranks
+            self.told = signal.Signals(number).name
         return number != 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ from bigtrain.telemetry.recorder import Recorder
 from bigtrain.trainer import peers, rewind
 from bigtrain.trainer.anomaly import Guard, Trouble
 from bigtrain.trainer.ledger_file import LedgerFile
-from bigtrain.trainer.loop import Position, Throughput, fit
+from bigtrain.trainer.loop import Position, Throughput, due, fit, last_step
 from bigtrain.trainer.pace import Pace
 from bigtrain.trainer.run_data import RunData
 from bigtrain.trainer.saver import Saver, checkpoints_to_resume
@@ -50,6 +50,7 @@ class Training:
 
         Raises UserError on all ranks where the numbers went wrong and the run is to stop then, or cannot go back."""
         windows = rewind.windows_of(self.run_dir)
+        owed = self._owed(position.step)
         while True:
             ahead = [window.to_dict() for window in windows if window.first >= position.cursor.num_sequences]
             if ahead:
@@ -76,8 +77,10 @@ class Training:
                     guard=self.guard,
                     pace=self._pace(position.step),
                     stop=stop,
+                    owed=owed,
                 )
                 ledger.sync()
+            owed = []
             trouble = self.guard.trouble
             if trouble is None:
                 return position
@@ -93,6 +96,14 @@ class Training:
                 f"back to step {position.step}, and on behind sequences {position.cursor.num_sequences:,} to "
                 f"{end - 1:,} of the data, which are passed over"
             )
+
+    def _owed(self, step: int) -> list[str]:
+        """The evaluation sets that this run was to measure at `step`, its last, and did not: a signal came first.
+        Collective: rank 0 knows."""
+        is_due = step >= last_step(self.config) or due(step, self.config.eval.interval)
+        owed = [self.recorder.past.lacks(step, self.data.held_out) if is_due else []]
+        dist.broadcast_object_list(owed)
+        return owed[0]
 
     def _pace(self, step: int) -> Pace:
         is_main = self.runtime.is_main

@@ -5,9 +5,12 @@ rank, it leaves an alarm in RUN/logs/hang; all ranks see it there, write where t
 them makes one sentence of it (`bigtrain.trainer.verdict`). Then all end with the status HUNG. Files, because the
 process groups are what hangs, and rank 0 may be the one.
 
-The thread needs Python's interpreter (GIL), which every wait of torch lets go of: collectives, the disk, the network, a
-GPU. For code that keeps it there is a timer in C (faulthandler), which this thread sets again every second: when the
-thread cannot, the timer writes the stacks. A rank that the kernel has stopped writes nothing; the others tell its state
+A second thread judges what is late, and touches no file: where the disk of the run is what hangs, nobody can be told of
+it, and that thread ends the process alone, ENDS_S behind the limit.
+
+Both need Python's interpreter (GIL), which every wait of torch lets go of: collectives, the disk, the network, a
+GPU. For code that keeps it there is a timer in C (faulthandler), which the first sets again every second: when it
+cannot, the timer writes the stacks. A rank that the kernel has stopped writes nothing; the others tell its state
 where it runs on their machine. A process beside each rank would see both itself, at the price of a process a rank.
 """
 
@@ -94,6 +97,10 @@ class Watchdog:
     """By thread, the innermost last."""
     _took: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=_REMEMBERED)))
     _ended: threading.Event = field(default_factory=threading.Event)
+    _late: Late | None = None
+    """The first that was found, until the process ends."""
+    _ends_at: float = math.inf
+    """Of `clock`: then this process ends, whatever it waits for."""
 
     @contextmanager
     def phase(self, name: str, *, is_measured: bool = True) -> Iterator[None]:
@@ -164,6 +171,7 @@ class Watchdog:
     def start(self, run_dir: Path, *, rank: int, world: int) -> None:
         """Watch, from a thread of its own, to the end of the process or to `stop`. The rank is in phase startup."""
         self.at("startup")
+        threading.Thread(target=self._judge, name="watchdog of limits", daemon=True).start()
         begun = time.time()
         host = socket.gethostname()
         place = {"start": failures.start_of(), "rank": rank, "host": host, "pid": os.getpid(), "time": begun}
@@ -177,18 +185,25 @@ class Watchdog:
     def stop(self) -> None:
         self._ended.set()
 
-    def _watch(self, hang: Hang, text: IO[bytes]) -> None:
+    def _judge(self) -> None:
+        """Find what is late, and end the process where that leads to nothing. No file: a disk may be what hangs."""
         last = self.clock()
         while not self._ended.wait(POLL_S):
-            _renew(text)
             now = self.clock()
             if now - last > POLL_S + SILENT_S:  # stopped and let go on, or starved
                 self.forgive(now - last - POLL_S)
             last = now
-            late = self.late()
-            alarm = hang.alarm()
+            self._late = self._late or self.late()
+            if self._late is not None:
+                self._ends_at = min(self._ends_at, now + ENDS_S)
+            if now >= self._ends_at:
+                os._exit(HUNG)
+
+    def _watch(self, hang: Hang, text: IO[bytes]) -> None:
+        while not self._ended.wait(POLL_S):
+            _renew(text)
+            late, alarm = self._late, hang.alarm()
             if late is not None and alarm is None:
-                faulthandler.dump_traceback_later(ENDS_S, exit=True)  # where the disk of the run is what hangs
                 alarm = hang.raise_alarm(late.phase, step=self.step, seconds=late.seconds, limit_s=late.limit_s)
             if alarm is not None and not self._ended.is_set():
                 self._end(hang, alarm)
@@ -198,7 +213,8 @@ class Watchdog:
 
     def _end(self, hang: Hang, alarm: dict[str, Any]) -> None:
         """Say where this rank is, wait for the others, and end this process. Does not return."""
-        faulthandler.dump_traceback_later(ENDS_S, exit=True)
+        self._ends_at = min(self._ends_at, self.clock() + ENDS_S)
+        faulthandler.dump_traceback_later(ENDS_S + CLOSES_S, exit=True)  # where code keeps the interpreter: status 1
         try:
             place = {"phase": alarm["phase"], "step": self.step, "thread": self.thread_in(alarm["phase"])}
             hang.answer(place, stacks.threads())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bigtrain.config.schema import CheckpointConfig, Config
+from bigtrain.config.schema import CheckpointConfig, Config, WatchdogConfig
 from tests.distributed import small
 from tests.distributed.harness import PoolFactory, RankError
 
@@ -217,3 +217,26 @@ def test_another_model_is_no_damage(pool: PoolFactory, tmp_path: Path) -> None:
         with pytest.raises(RankError, match=f"step-00000002: it is of another run: model.{next(iter(change))} is "):
             pool(2).run(resume, other, tmp_path)
     assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
+
+
+def timeouts(config: Config, run_dir: Path) -> dict[str, float]:
+    """On a rank: seconds that a collective of each process group may take."""
+    import torch.distributed as dist
+
+    from bigtrain.config.derive import collective_timeout_s
+    from bigtrain.distributed.start import start
+    from bigtrain.engine.engine import Engine
+    from bigtrain.trainer.saver import Saver
+
+    Engine(config, start(config, timeout_s=collective_timeout_s(config.watchdog)))
+    Saver(config, run_dir, {})
+    every = dist.distributed_c10d._world.pg_map
+    return {each.group_desc: each._get_backend(torch.device("cpu")).options._timeout.total_seconds() for each in every}
+
+
+def test_no_group_gives_up_before_the_watchdog(pool: PoolFactory, tmp_path: Path) -> None:
+    wanted = replace(config(async_=True), watchdog=WatchdogConfig(step_s=9000.0, factor=2.0))
+    (found,) = pool(1).run(timeouts, wanted, tmp_path)
+    unused = "EXPERT_DATA_PARALLEL_GROUP_GLOO"
+    assert {"default_pg", "MODEL_PARALLEL_GROUP", "checkpoint", unused} < found.keys()
+    assert all(seconds > 18000 for name, seconds in found.items() if name != unused), found

@@ -20,9 +20,10 @@ from bigtrain.telemetry import failures
 from tests.integration.test_local_ranks import wait_for
 
 RANK = """
-import ctypes, sys, threading, time
+import ctypes, os, sys, threading, time
 from pathlib import Path
 from bigtrain.config.schema import WatchdogConfig
+from bigtrain.telemetry import failures
 from bigtrain.trainer import hang, watchdog as module
 
 module.POLL_S, module.SILENT_S, hang.ANSWER_S = 0.1, 1.0, 4.0
@@ -44,6 +45,11 @@ def keep():
 def wait():
     time.sleep(100)
 
+def lose_the_disk():
+    module.ENDS_S = 3.0
+    os.mkfifo(failures.hang_file(run_dir, hang.alarm_of(failures.start_of())))  # opening it waits for ever
+    time.sleep(100)
+
 def save_behind():
     threading.Thread(target=save, name="checkpoint_0").start()
 
@@ -60,6 +66,7 @@ SCENES = {
     "save behind the training": ["go", "save_behind"],
     "rank 0 is stopped": ["go", "wait"],
     "the interpreter is kept": ["wait", "keep"],
+    "the disk does not answer": ["lose_the_disk"],
     "one never started": ["wait", "go", ""],
     "an old alarm": ["go"],
     "stopped for a while": ["go"],
@@ -152,6 +159,11 @@ def test_a_rank_that_keeps_the_interpreter_has_its_stacks_written_in_c(scenes: C
         "rank 1 is in <string> (keep), and keeps Python's interpreter; rank 0 is in <string> (wait); "
     )
     assert scene.ranks[0].wait(60) == HUNG
+
+
+def test_a_disk_that_does_not_answer(scenes: Callable[[str], Scene]) -> None:
+    """Nobody can be told, not even by this rank's own thread: it ends all the same, and as a rank that hung."""
+    assert scenes("the disk does not answer").statuses() == [HUNG]
 
 
 def test_a_rank_that_never_started(scenes: Callable[[str], Scene]) -> None:

@@ -25,6 +25,17 @@ def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
         exit_status(lambda: 1 // 0)
 
 
+def test_a_rank_ends_though_a_thread_of_it_does_not() -> None:
+    program = """
+import runpy, sys, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+sys.argv = ["train"]
+runpy.run_module("bigtrain.train", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 2 and "One rank of a training run" in done.stderr
+
+
 @pytest.mark.parametrize("num_lines", [1, 100_000])
 def test_a_reader_that_has_seen_enough(num_lines: int) -> None:
     """Whether the output is written in between or at the end."""

@@ -261,7 +261,7 @@ def arm(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    from bigtrain.train import main
+    from bigtrain.train import leave, main
 
     arm(Path(sys.argv[1]))
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -95,3 +95,17 @@ def test_an_error_leaves_the_file_complete_and_goes_on_up(tmp_path: Path) -> Non
         record_steps(recorder, range(1, 3))
         raise RuntimeError("boom")
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_evaluations_that_a_stop_left_out_are_known(tmp_path: Path) -> None:
+    with recorder_of(tmp_path) as recorder:
+        for step in (1, 2, 3):
+            record_steps(recorder, range(step, step + 1))
+            recorder.evaluation(step, set="web", loss=2.0, perplexity=7.4, bits_per_byte=1.0)
+            if step != 2:
+                recorder.evaluation(step, set="code", loss=2.0, perplexity=7.4, bits_per_byte=1.0)
+    with recorder_of(tmp_path, resume_step=2) as recorder:
+        assert recorder.past.lacks(2, ["code", "web"]) == ["code"]
+        assert recorder.past.lacks(1, ["code", "web"]) == []
+    with recorder_of(tmp_path / "another run", resume_step=2) as recorder:
+        assert recorder.past.lacks(2, ["code", "web"]) == [], "its own evaluations begin behind that step"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 import pytest
 
 from bigtrain.config.schema import ClusterConfig, Config, DataConfig, SourceConfig, TrackerConfig
+from bigtrain.telemetry import recorder as recorder_module
+from bigtrain.telemetry import tracking
+from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.tracking import WandbTracker, without_secrets
 
 from .records import config_of, record_steps, recorder_of
@@ -100,6 +105,35 @@ def test_a_later_failure_is_said_once_too(tmp_path: Path, monkeypatch: pytest.Mo
         tracker.log({"kind": "train", "step": step, "loss": 1.0})
     tracker.close()
     assert len(said) == 1
+
+
+class Unreachable:
+    """A W&B run whose server does not answer: it finishes when that does."""
+
+    def __init__(self) -> None:
+        self.answered = threading.Event()
+
+    def finish(self, exit_code: int) -> None:
+        self.answered.wait(60)
+
+
+@pytest.mark.parametrize("end", ["well", "by a signal", "by an error"])
+def test_a_server_that_does_not_answer_holds_up_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    run, said = Unreachable(), list[str]()
+    monkeypatch.setattr(tracking, "_start", lambda run_dir, config: run)
+    monkeypatch.setattr(recorder_module, "FINISH_S", 1.0 if end == "well" else 60.0)
+    monkeypatch.setattr(recorder_module, "HURRIED_FINISH_S", 60.0 if end == "well" else 0.1)
+    monkeypatch.setattr(Console, "note", lambda self, text: said.append(text))
+    began = time.monotonic()
+    with contextlib.suppress(ZeroDivisionError), recorder_of(tmp_path, config=config_of(tracker=OFFLINE)) as recorder:
+        if end == "by an error":
+            raise ZeroDivisionError
+        recorder.close(hurried=end == "by a signal")
+    assert time.monotonic() - began < 30
+    assert said[-1].startswith("warning: W&B did not finish in ")
+    run.answered.set()
 
 
 def test_wandb_that_is_not_installed_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

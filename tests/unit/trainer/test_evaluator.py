@@ -62,6 +62,13 @@ def test_sums_over_batches_and_ranks(data: int) -> None:
     assert evaluator.evaluate(engine) == expected, "the batches are made anew"
 
 
+def test_where_it_is_to_stop_the_rest_is_left_out() -> None:
+    engine: Any = Engine(1)
+    asked = iter([False, True])
+    found = Evaluator(lambda: iter(BATCHES), BYTES).evaluate(engine, stops=lambda: next(asked))
+    assert found == Evaluation(nats=6.0, tokens=3, text_bytes=8), "the first batch"
+
+
 def test_a_space_before_a_document_is_no_text() -> None:
     """Token 3 begins documents: what is predicted behind it counts without the space that a tokenizer puts there."""
     without = np.array([0, 0, 2, 5], dtype=np.int32)  # token 1 is a space

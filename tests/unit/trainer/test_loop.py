@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +49,9 @@ class Log:
 
     done: list[tuple[Any, ...]] = field(default_factory=list)
     stop_at: int | None = None
+    signal_in: tuple[str, int] | None = None
+    """Evaluation set, and the batch of it in which a signal comes."""
+    told: str = ""
     losses: list[float | None] = field(default_factory=list)
     under_way: list[str] = field(default_factory=list)
     durable: list[str] = field(default_factory=list)
@@ -64,7 +68,14 @@ class Log:
         self.done.append(("skip" if skip else "step", lr))
         return math.nan if skip else 0.5
 
-    def evaluate(self, engine: Any) -> Any:
+    def evaluate(self, engine: Any, *, stops: Callable[[], bool], name: str) -> Any:
+        self.done.append(("measure", name))
+        for number in (1, 2):
+            if stops():
+                break
+            self.done.append(("batch", name))
+            if (name, number) == self.signal_in:
+                self.stop_at = 0
         return SimpleNamespace(as_record=lambda: {"loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0})
 
     def save(self, engine: Any, step: int, cursor: Cursor, loss: float | None = None) -> None:
@@ -99,7 +110,9 @@ class Log:
         self.done.append((name, fields["step"], fields["reason"]))
 
     def agreed(self) -> bool:
-        return self.stop_at is not None and self.steps("train")[-1] >= self.stop_at
+        if self.stop_at is not None and max(self.steps("train"), default=0) >= self.stop_at:
+            self.told = "SIGUSR2"
+        return bool(self.told)
 
     def steps(self, what: str) -> list[int]:
         return [entry[1] for entry in self.done if entry[0] == what]
@@ -132,17 +145,19 @@ def run(
     *,
     start: int = 0,
     stop_at: int | None = None,
+    signal_in: tuple[str, int] | None = None,
+    owed: tuple[str, ...] = (),
     sets: tuple[str, ...] = ("",),
     nan_at: tuple[int, ...] = (),
     guard: Guard | None = None,
 ) -> tuple[Log, Position]:
-    log: Any = Log(stop_at=stop_at, nan_at=nan_at)
+    log: Any = Log(stop_at=stop_at, signal_in=signal_in, nan_at=nan_at)
     position = fit(
         config,
         Position(start, Cursor(4 * start, "order", MIXTURE)),
         engine=log,
         batches=endless(start),
-        evaluators={name: log for name in sets},
+        evaluators={name: SimpleNamespace(evaluate=partial(log.evaluate, name=name)) for name in sets},  # type: ignore
         epochs=lambda num_sequences: {"folder": num_sequences / 16},
         saver=log,
         recorder=log,
@@ -153,6 +168,7 @@ def run(
         pace=pace_of(config, start),
         stop=log,
         watchdog=Watchdog(),
+        owed=owed,
     )
     return log, position
 
@@ -186,7 +202,8 @@ def test_the_order_in_a_step() -> None:
     log, _ = run(replace(CONFIG, checkpoint=CheckpointConfig(interval=4)))
     fourth = [entry[0] for entry in log.done if entry[0] != "forward" or entry[1] == "batch 4"]
     begin = fourth.index("forward")
-    assert fourth[begin : begin + 7] == ["forward", "step", "ledger", "train", "eval", "epochs", "save"]
+    evaluated = ["measure", "batch", "batch", "eval", "epochs"]
+    assert fourth[begin : begin + 10] == ["forward", "step", "ledger", "train", *evaluated, "save"]
 
 
 def test_what_is_recorded() -> None:
@@ -207,11 +224,35 @@ def test_an_agreed_stop_saves_there_and_evaluates_only_what_was_due() -> None:
 
 
 @pytest.mark.parametrize("step", [4, 10])
-def test_an_agreed_stop_saves_before_an_evaluation(step: int) -> None:
+def test_an_agreed_stop_leaves_the_evaluation_to_the_next_start(step: int) -> None:
     """At a step where a run that goes through evaluates as well."""
     log, position = run(CONFIG, stop_at=step)
-    assert position.step == step
-    assert [entry[:2] for entry in log.done[-3:]] == [("save", step), ("eval", step), ("epochs", step)]
+    assert position.step == step and [entry[0] for entry in log.done[-2:]] == ["train", "save"]
+    rest, position = run(CONFIG, start=step, owed=("",))
+    begins = [("measure", ""), ("batch", ""), ("batch", ""), ("eval", step, ""), ("epochs", step, {"folder": step / 4})]
+    assert rest.done[:5] == begins and position.step == 10
+    assert log.steps("eval") + rest.steps("eval") == run(CONFIG)[0].steps("eval")
+
+
+@pytest.mark.parametrize("interval", [3, 4])
+def test_a_signal_breaks_an_evaluation_off(interval: int) -> None:
+    """Whether a save is due behind it or not, there is one, at once."""
+    config = replace(CONFIG, checkpoint=CheckpointConfig(interval=interval))
+    log, position = run(config, signal_in=("code", 1), sets=("web", "code", "books"))
+    behind = [entry[:2] for entry in log.done][log.done.index(("batch", "web")) :]
+    web, code = [("batch", "web"), ("batch", "web"), ("eval", 4)], [("measure", "code"), ("batch", "code")]
+    assert behind == [*web, *code, ("save", 4)] and position.step == 4
+    assert log.losses[-1] is None, "of a part"
+
+
+def test_a_signal_in_the_last_batch_of_an_evaluation_comes_before_the_next_step() -> None:
+    log, position = run(CONFIG, signal_in=("", 2))
+    assert position.step == 4 and [entry[:2] for entry in log.done[-3:]] == [("eval", 4), ("epochs", 4), ("save", 4)]
+
+
+def test_what_is_owed_is_broken_off_as_well() -> None:
+    log, position = run(CONFIG, start=4, owed=("",), signal_in=("", 1))
+    assert position.step == 4 and log.done == [("measure", ""), ("batch", "")]
 
 
 def test_stop_after_is_the_last_step_and_the_schedule_does_not_know() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from bigtrain.config.derive import collective_timeout_s
 from bigtrain.config.schema import WatchdogConfig
 from bigtrain.trainer.watchdog import Late, Watchdog, limit_s
 
@@ -36,6 +37,14 @@ def test_limits_that_are_switched_off() -> None:
     assert limit_s("data", WatchdogConfig(data_s=0), [1.0]) == math.inf
     assert limit_s("step", WatchdogConfig(startup_s=0, step_s=30), []) == math.inf, "nor has the first step one"
     assert limit_s("step", WatchdogConfig(startup_s=0, step_s=30), [1.0]) == 30
+
+
+@pytest.mark.parametrize("limits", [LIMITS, WatchdogConfig(), WatchdogConfig(data_s=0, step_s=9000, factor=0.5)])
+def test_torch_gives_a_collective_up_behind_every_limit(limits: WatchdogConfig) -> None:
+    for phase in ("startup", "data", "step", "eval", "save", "end"):
+        for took in ([], [max(limits.step_s, limits.save_s, limits.startup_s)]):
+            limit = limit_s(phase, limits, took)
+            assert limit == math.inf or limit + 30 < collective_timeout_s(limits)
 
 
 class Clock:
