@@ -57,8 +57,8 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for what the user can fix, 130 for Ctrl-C, 75 where SIGUSR2 stopped the run, else
-    that of the rank that failed first."""
+    """Returns the exit status: 0, 2 for what the user can fix, 130 for Ctrl-C, 75 where SIGUSR2 stopped the run, 77
+    where a rank alone was told to stop, else that of the rank that failed first."""
     began = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

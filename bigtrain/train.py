@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import load
-from bigtrain.config.status import COME_BACK, CRASHED, USER_ERROR
+from bigtrain.config.status import COME_BACK, CRASHED, STOPPED, USER_ERROR
 from bigtrain.config.vendors import check_versions
 from bigtrain.launching.lock import train_alone
 from bigtrain.telemetry import failures
@@ -63,9 +63,12 @@ def main(arguments: list[str]) -> int:
             sys.stdout.flush()
         os._exit(CRASHED)  # without waiting for threads that wait for other ranks
     watchdog.stop()
-    if stopped_by:  # srun ends the others once rank 0 has said it: they end well by themselves
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return COME_BACK if rank == 0 and stopped_by == "SIGUSR2" else 0
+    if not stopped_by:
+        return 0
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends the others once rank 0 has said it: they end well
+    if rank:
+        return 0
+    return COME_BACK if stopped_by == "SIGUSR2" else STOPPED
 
 
 def _say_crash(error: Exception, run_dir: Path, rank: int, step: int) -> None:

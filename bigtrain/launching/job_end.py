@@ -19,7 +19,7 @@ from pathlib import Path
 from bigtrain.config import frozen
 from bigtrain.config.errors import UserError, exit_status
 from bigtrain.config.schema import Config
-from bigtrain.config.status import COME_BACK
+from bigtrain.config.status import COME_BACK, STOPPED
 from bigtrain.launching import failure
 from bigtrain.launching.failure import RankEnd
 from bigtrain.launching.meeting import fields_of, scontrol
@@ -27,6 +27,8 @@ from bigtrain.launching.restarts import Failure, refused
 from bigtrain.telemetry import failures
 
 IS_ENDING = "not queued again: Slurm has ended the job ({state})"
+
+WAS_STOPPED = "not queued again: a signal has stopped the run, which is saved; the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def end(config: Config, job: Job, status: int) -> int:
     """Tell why the ranks ended, and queue the job again where it is to go on. Returns the job's exit status."""
     run_dir, cluster = Path(config.run.dir), config.cluster
     ends = [RankEnd.from_record(record) for record in failures.ends(run_dir, job.start, job.world)]
-    if status == COME_BACK or any((each.rank, each.returncode) == (0, COME_BACK) for each in ends):
+    saved = _saved(ends, status)
+    if saved == COME_BACK:
         _keep(run_dir, job.id, [])
         return _queue_again(job.id, COME_BACK) if cluster.requeue else COME_BACK
     if status == 0:
@@ -59,7 +62,11 @@ def end(config: Config, job: Job, status: int) -> int:
     state = _state(job.id)
     if state != "RUNNING":
         print(IS_ENDING.format(state=state), file=sys.stderr, flush=True)
-        return status
+        return saved or status
+    if saved == STOPPED:
+        _keep(run_dir, job.id, [])
+        print(WAS_STOPPED, file=sys.stderr, flush=True)
+        return STOPPED
     found = cause(run_dir, ends, job, status)
     failed = [*_kept(run_dir, job.id), found]
     _keep(run_dir, job.id, failed)
@@ -71,6 +78,12 @@ def end(config: Config, job: Job, status: int) -> int:
     print(f"not queued again: {why_not}" if why_not else again, file=sys.stderr)
     print(f"error: {failure.told(found, _log(run_dir, job.id, found))}", file=sys.stderr, flush=True)
     return found.status if why_not else _queue_again(job.id, found.status)
+
+
+def _saved(ends: Sequence[RankEnd], status: int) -> int:
+    """COME_BACK or STOPPED, where rank 0 has saved and ended so, whatever the others end with; else 0."""
+    said = [status, *(each.returncode for each in ends if each.rank == 0)]
+    return next((one for one in (COME_BACK, STOPPED) if one in said), 0)
 
 
 def cause(run_dir: Path, ends: Sequence[RankEnd], job: Job, status: int) -> Failure:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from bigtrain.config.schema import Config
-from bigtrain.config.status import COME_BACK, HUNG, USER_ERROR
+from bigtrain.config.status import COME_BACK, HUNG, STOPPED, USER_ERROR
 from bigtrain.launching.environment import Place, free_port, rank_environment
 from bigtrain.launching.failure import likeliness
 from bigtrain.telemetry.failures import SPOKEN_FOR
@@ -28,6 +28,8 @@ POLL_S = 0.02
 SHOWN_LINES = 40
 """Of a failed rank's output."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+SAVED = (COME_BACK, STOPPED)
+"""Of a rank that a signal has stopped, which is no failure."""
 SETTLE_S = 2.0
 """A mistake of the user is seen by many ranks at once: so long may rank 0 take to say it on the terminal."""
 
@@ -70,7 +72,7 @@ class Ended:
 
     status: int
     """0, or that of the command that failed first (128 + n for signal n, as a shell says it), or 128 + n where signal n
-    was sent to us; COME_BACK where SIGUSR2 was sent to us or to them."""
+    was sent to us; COME_BACK where SIGUSR2 was sent to us or to them, STOPPED where another was sent to them alone."""
     failed: Sequence[Child] = ()
     """Those that failed before the others were ended, the likeliest cause in front; none where a signal was sent to
     us."""
@@ -119,14 +121,14 @@ def watch(
             if sys.stdout.isatty():  # a rank that was killed had hidden the cursor for its live line
                 sys.stdout.write("\x1b[?25h")
                 sys.stdout.flush()
-    comes_back = any(child.process.returncode == COME_BACK for child in children)
+    saved = next((child.status for child in children if child.status in SAVED), 0)
     if received and received[0] == signal.SIGUSR2:  # they may have been done, or not ready to listen
-        return Ended(COME_BACK if comes_back or failed else 0)
+        return Ended(COME_BACK if saved or failed else 0)
     if received:
         return Ended(128 + received[0])
     if failed:
         return Ended(failed[0].status, failed, len(children) - len(failed))
-    return Ended(COME_BACK if comes_back else 0)
+    return Ended(saved)
 
 
 @dataclass
@@ -207,7 +209,7 @@ def _watch(children: Sequence[Child], received: list[int], is_effect: Callable[[
     passed_on, first_failure = 0, 0.0
     while True:
         codes = [child.process.poll() for child in children]
-        failed = [child for child, code in zip(children, codes, strict=True) if code not in (None, 0, COME_BACK)]
+        failed = [child for child, code in zip(children, codes, strict=True) if code not in (None, 0, *SAVED)]
         if failed and not first_failure:
             first_failure = time.monotonic()
         is_unclear = _only_logged(failed) or all(map(is_effect, failed))

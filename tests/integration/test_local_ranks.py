@@ -17,7 +17,7 @@ import pytest
 from bigtrain.config import frozen
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
-from bigtrain.config.status import COME_BACK, HUNG
+from bigtrain.config.status import COME_BACK, HUNG, STOPPED
 from bigtrain.launching.local import Child, Command, run, watch
 from bigtrain.launching.lock import only_launch
 
@@ -176,6 +176,11 @@ def test_ranks_that_a_warning_stopped_have_not_failed(tmp_path: Path) -> None:
     process.send_signal(signal.SIGUSR2)
     assert process.wait(20) == COME_BACK
     assert all(is_gone(pid) for pid in pids)
+
+
+def test_a_rank_that_was_told_to_stop_has_not_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([python(0, f"raise SystemExit({STOPPED})"), python(1, "import time; time.sleep(0.3)")]) == STOPPED
+    assert capfd.readouterr().err == ""
 
 
 def test_a_second_signal_ends_those_that_did_not_listen(tmp_path: Path) -> None:

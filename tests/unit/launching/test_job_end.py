@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bigtrain.config.schema import ClusterConfig, Config, RunConfig
-from bigtrain.config.status import COME_BACK, HUNG, USER_ERROR
+from bigtrain.config.status import COME_BACK, HUNG, STOPPED, USER_ERROR
 from bigtrain.launching import job_end
 from bigtrain.launching.failure import RankEnd
 from bigtrain.launching.job_end import Job, cause, end, missing
@@ -181,6 +181,16 @@ def test_rank_0_has_saved_whatever_the_others_end_with(config: Config, slurm: li
     ended(Path(config.run.dir), RankEnd(0, COME_BACK), RankEnd(1, -9))
     assert end(config, JOB, 137) == COME_BACK
     assert slurm == [("requeue", "7")]
+
+
+def test_a_run_that_was_told_to_stop_is_saved_and_not_done(
+    config: Config, slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """scancel --signal=TERM, say. Neither a failure nor COMPLETED."""
+    ended(Path(config.run.dir), RankEnd(0, STOPPED), RankEnd(1, -9))
+    assert end(config, JOB, 137) == STOPPED and not slurm
+    assert "not queued again: a signal has stopped the run" in capsys.readouterr().err
+    assert not (Path(config.run.dir) / "metrics.jsonl").exists()
 
 
 def test_a_hang(config: Config, slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> None:
