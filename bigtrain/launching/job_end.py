@@ -1,10 +1,12 @@
 """``python -m bigtrain.launching.job_end RUN STATUS``: what the batch script of a Slurm job does when srun has ended.
 
 STATUS is srun's, the highest of all ranks. A run that was warned ahead of the time limit has saved and ends with
-COME_BACK: the job is queued again. A run that failed is dealt with as on one machine (`bigtrain.launching.attempts`):
-the cause is found in what the ranks left, and told in metrics.jsonl and as the last line of the job's output; the job
-is queued again up to cluster.max_restarts times, where that can help. RUN/logs/slurm_failures.json keeps the failures
-meanwhile. What Slurm itself has ended (cancelled, preempted, a lost node) is left to Slurm.
+COME_BACK: the job is queued again. One that SIGTERM stopped has saved too (STOPPED): Slurm queues a preempted job again
+itself, unless it ends within the GraceTime that it was given; then this does. A run that failed is dealt with as on one
+machine (`bigtrain.launching.attempts`): the cause is found in what the ranks left, and told in metrics.jsonl and as the
+last line of the job's output; the job is queued again up to cluster.max_restarts times, where that can help.
+RUN/logs/slurm_failures.json keeps the failures meanwhile. What Slurm itself has ended (cancelled, preempted, a lost
+node) is left to Slurm.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from bigtrain.telemetry import failures
 
 IS_ENDING = "not queued again: Slurm has ended the job ({state})"
 
+NO_TIME = ("None", "0", "Unknown", "N/A", "")
 WAS_STOPPED = "not queued again: a signal has stopped the run, which is saved; the same command goes on"
 
 
@@ -59,12 +62,15 @@ def end(config: Config, job: Job, status: int) -> int:
         return _queue_again(job.id, COME_BACK) if cluster.requeue else COME_BACK
     if status == 0:
         return 0
-    state = _state(job.id)
+    shown = _shown(job.id)
+    state = shown.get("JobState", "RUNNING")  # as long as Slurm has not ended it
     if state != "RUNNING":
         print(IS_ENDING.format(state=state), file=sys.stderr, flush=True)
         return saved or status
     if saved == STOPPED:
         _keep(run_dir, job.id, [])
+        if cluster.requeue and shown.get("PreemptTime", "None") not in NO_TIME:
+            return _queue_again(job.id, STOPPED)
         print(WAS_STOPPED, file=sys.stderr, flush=True)
         return STOPPED
     found = cause(run_dir, ends, job, status)
@@ -133,12 +139,12 @@ def _metrics_before(run_dir: Path, start: str) -> tuple[int, int]:
     return size, time_ns
 
 
-def _state(job_id: str) -> str:
-    """What Slurm says of the job: RUNNING, as long as it has not ended it."""
+def _shown(job_id: str) -> Mapping[str, str]:
+    """What Slurm says of the job, by name."""
     try:
-        return fields_of(scontrol("--oneliner", "show", "job", job_id)).get("JobState", "RUNNING")
+        return fields_of(scontrol("--oneliner", "show", "job", job_id))
     except UserError:  # Slurm does not answer; if it does not at the requeue either, that says so
-        return "RUNNING"
+        return {}
 
 
 def _queue_again(job_id: str, status: int) -> int:

@@ -193,6 +193,26 @@ def test_a_run_that_was_told_to_stop_is_saved_and_not_done(
     assert not (Path(config.run.dir) / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("preempted", "requeue", "calls"),
+    [("2026-11-22T19:00:00", True, 1), ("2026-11-22T19:00:00", False, 0), ("0", True, 0)],
+)
+def test_preempted_with_a_grace_time(
+    config: Config, monkeypatch: pytest.MonkeyPatch, preempted: str, requeue: bool, calls: int
+) -> None:
+    """To Slurm a job that ends within it has ended well, by itself."""
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*arguments: str) -> str:
+        asked.append(arguments)
+        return f"JobId=7 JobState=RUNNING PreemptTime={preempted}"
+
+    monkeypatch.setattr(job_end, "scontrol", answer)
+    again = replace(config, cluster=replace(config.cluster, requeue=requeue))
+    assert end(again, JOB, STOPPED) == STOPPED
+    assert asked.count(("requeue", "7")) == calls
+
+
 def test_a_hang(config: Config, slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = Path(config.run.dir)
     verdict = {"start": JOB.start, "phase": "step", "step": 4, "verdict": "rank 1 does not answer"}
