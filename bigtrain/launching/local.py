@@ -75,8 +75,10 @@ class Ended:
     was sent to us; COME_BACK where SIGUSR2 was sent to us or to them, STOPPED where another was sent to them alone."""
     failed: Sequence[Child] = ()
     """Those that failed before the others were ended, the likeliest cause in front; none where a signal was sent to
-    us."""
+    us, other than SIGUSR2."""
     num_others: int = 0
+    was_warned: bool = False
+    """Whether SIGUSR2 was sent to us: whoever sent it does not want another start now."""
 
 
 def run(commands: Sequence[Command], *, grace_s: float = 10.0) -> int:
@@ -122,12 +124,13 @@ def watch(
                 sys.stdout.write("\x1b[?25h")
                 sys.stdout.flush()
     saved = next((child.status for child in children if child.status in SAVED), 0)
-    if received and received[0] == signal.SIGUSR2:  # they may have been done, or not ready to listen
-        return Ended(COME_BACK if saved or failed else 0)
-    if received:
+    was_warned = received[:1] == [signal.SIGUSR2]
+    if received and not was_warned:
         return Ended(128 + received[0])
+    if was_warned and (saved == COME_BACK or any(child.process.returncode == -signal.SIGUSR2 for child in failed)):
+        return Ended(COME_BACK)  # the second: not ready to listen, so there was nothing to save
     if failed:
-        return Ended(failed[0].status, failed, len(children) - len(failed))
+        return Ended(failed[0].status, failed, len(children) - len(failed), was_warned)
     return Ended(saved)
 
 

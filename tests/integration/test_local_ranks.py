@@ -178,6 +178,23 @@ def test_ranks_that_a_warning_stopped_have_not_failed(tmp_path: Path) -> None:
     assert all(is_gone(pid) for pid in pids)
 
 
+@pytest.mark.parametrize(
+    ("act", "status"), [("sys.exit(2)", 2), ("sys.exit(1)", 1), ("signal.raise_signal(signal.SIGUSR2)", COME_BACK)]
+)
+def test_a_failure_behind_a_warning_is_a_failure(tmp_path: Path, act: str, status: int) -> None:
+    """A save that finds no room, say; not a rank that did not listen yet."""
+    code = (
+        "import signal, sys\n"
+        "def warned(*_):\n"
+        "    signal.signal(signal.SIGUSR2, signal.SIG_DFL)\n"
+        f"    {act}\n"
+        "signal.signal(signal.SIGUSR2, warned)\n"
+    )
+    process, _ = launcher(tmp_path, code + SLEEPER)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(20) == status
+
+
 def test_a_rank_that_was_told_to_stop_has_not_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run([python(0, f"raise SystemExit({STOPPED})"), python(1, "import time; time.sleep(0.3)")]) == STOPPED
     assert capfd.readouterr().err == ""
