@@ -103,8 +103,8 @@ def watch(
     They have `linger_s` to fail by themselves before. `is_effect`: whether a failed one fell only because another did;
     that one is then waited for, up to SETTLE_S.
 
-    A signal sent to us (Ctrl-C, SIGTERM, SIGHUP, SIGUSR2) is passed on; a second one ends everything. Call it from the
-    main thread.
+    A signal sent to us (Ctrl-C, SIGTERM, SIGHUP, SIGUSR2) is passed on; a second Ctrl-C ends everything: no other
+    one does, since Slurm sends SIGTERM twice within milliseconds. Call it from the main thread.
     """
     children: list[Child] = []
     failed: list[Child] = []
@@ -207,7 +207,7 @@ def _received_signals() -> Iterator[list[int]]:
 
 
 def _watch(children: Sequence[Child], received: list[int], is_effect: Callable[[Child], bool]) -> list[Child]:
-    """Wait until all children end, one fails, or two signals came. Returns those that failed first, the likeliest
+    """Wait until all children end, one fails, or Ctrl-C came twice. Returns those that failed first, the likeliest
     cause in front: a mistake of the user, then a death by signal, then the lowest rank."""
     passed_on, first_failure = 0, 0.0
     while True:
@@ -217,9 +217,9 @@ def _watch(children: Sequence[Child], received: list[int], is_effect: Callable[[
             first_failure = time.monotonic()
         is_unclear = _only_logged(failed) or all(map(is_effect, failed))
         settled = not is_unclear or time.monotonic() - first_failure > SETTLE_S
-        is_urgent = len(received) > 1
+        is_urgent = received.count(signal.SIGINT) > 1
         if received and (is_urgent or not passed_on):
-            passed_on = received[0]
+            passed_on = signal.SIGINT if is_urgent else received[0]
             for child in children:
                 child.signal_group(passed_on)
         if (failed and settled) or is_urgent or None not in codes:

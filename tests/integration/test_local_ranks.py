@@ -211,6 +211,22 @@ def test_a_second_signal_ends_those_that_did_not_listen(tmp_path: Path) -> None:
     assert all(is_gone(pid) for pid in pids)
 
 
+def test_a_second_sigterm_leaves_the_time_to_save(tmp_path: Path) -> None:
+    """Slurm sends two within milliseconds."""
+    saving = (
+        "import signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(2); open(sys.argv[1] + '.saved', 'w').close(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+    )
+    process, _ = launcher(tmp_path, saving + SLEEPER, grace_s=0.1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert all((tmp_path / f"{name}.saved").exists() for name in "01")
+
+
 def test_a_second_signal_is_passed_on_and_ends_at_once_those_that_took_the_first_as_a_wish(tmp_path: Path) -> None:
     once = "import signal; signal.signal(signal.SIGINT, lambda number, _: signal.signal(number, signal.SIG_DFL)); "
     process, pids = launcher(tmp_path, once + STUBBORN.replace("sleep(60)", "sleep(60); time.sleep(60)"), grace_s=30.0)
