@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config.status import HUNG, USER_ERROR
-from bigtrain.launching.restarts import Failure
+from bigtrain.launching.restarts import PORT_TAKEN, Failure
 from bigtrain.telemetry import failures
 from bigtrain.telemetry.metrics import METRICS_FILE
 
@@ -66,7 +66,8 @@ def find(run_dir: Path, ends: Sequence[RankEnd], start: str, metrics: tuple[int,
         return Failure("crash", cause, name, first.status, first.rank, step + 1, has_stepped)
     if crash is not None:
         cause, step = failures.named(crash), crash["step"]
-        return Failure("crash", cause, crash["error"], first.status, first.rank, step, has_stepped)
+        sign = PORT_TAKEN if PORT_TAKEN in cause or "Address already in use" in cause else crash["error"]
+        return Failure("crash", cause, sign, first.status, first.rank, step, has_stepped)
     sign = f"status {first.status}"
     return Failure("crash", f"rank {first.rank} ended with {sign}", sign, first.status, first.rank, step, has_stepped)
 
@@ -129,6 +130,11 @@ def progress(run_dir: Path, metrics: tuple[int, int]) -> tuple[int, bool]:
         elif record.get("name") in ("resume", "restart"):
             step, has_stepped = record["step"], False
     return step, has_stepped and failures.stamp(run_dir) != metrics
+
+
+def has_trained(run_dir: Path) -> bool:
+    """Whether the run has ever done a step that it has kept."""
+    return progress(run_dir, failures.stamp(run_dir))[0] > 0
 
 
 def _text(path: Path) -> str:

@@ -76,7 +76,8 @@ def end(config: Config, job: Job, status: int) -> int:
     found = cause(run_dir, ends, job, status)
     failed = [*_kept(run_dir, job.id), found]
     _keep(run_dir, job.id, failed)
-    why_not = refused(failed, cluster.max_restarts) or ("" if cluster.requeue else "cluster.requeue=false")
+    why_not = refused(failed, cluster.max_restarts, has_trained=failure.has_trained(run_dir))
+    why_not = why_not or ("" if cluster.requeue else "cluster.requeue=false")
     if found.kind == "crash":
         with contextlib.suppress(OSError):  # the disk may be full
             failures.append_event(run_dir, "crash", rank=found.rank, cause=found.cause, step=found.step)
