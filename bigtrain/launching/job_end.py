@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +33,9 @@ from bigtrain.telemetry import failures
 IS_ENDING = "not queued again: Slurm has ended the job ({state})"
 
 NO_TIME = ("None", "0", "Unknown", "N/A", "")
+REQUEUE_WAITS_S = (5, 10, 20, 40, 60, 60)
+LASTING = re.compile(r"disabled|invalid|denied|permission|finished", re.IGNORECASE)
+"""What Slurm says of a requeue that it will never do."""
 WAS_STOPPED = "not queued again: a signal has stopped the run, which is saved; the same command goes on"
 
 
@@ -149,11 +154,17 @@ def _shown(job_id: str) -> Mapping[str, str]:
 
 
 def _queue_again(job_id: str, status: int) -> int:
-    """Slurm kills the batch script at once."""
-    try:
-        scontrol("requeue", job_id)
-    except UserError as error:
-        print(f"error: the job is not queued again: {error}", file=sys.stderr, flush=True)
+    """Slurm kills the batch script at once. A controller that is away for some minutes is waited for."""
+    for wait_s in (*REQUEUE_WAITS_S, 0):
+        try:
+            scontrol("requeue", job_id)
+            return status
+        except UserError as error:
+            if LASTING.search(str(error)) or not wait_s:
+                print(f"error: the job is not queued again: {error}", file=sys.stderr, flush=True)
+                return status
+            print(f"tried again in {wait_s} s: {error}", file=sys.stderr, flush=True)
+        time.sleep(wait_s)
     return status
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ClusterConfig, Config, RunConfig
 from bigtrain.config.status import COME_BACK, HUNG, STOPPED, USER_ERROR
 from bigtrain.launching import job_end
@@ -211,6 +212,36 @@ def test_preempted_with_a_grace_time(
     again = replace(config, cluster=replace(config.cluster, requeue=requeue))
     assert end(again, JOB, STOPPED) == STOPPED
     assert asked.count(("requeue", "7")) == calls
+
+
+@pytest.mark.parametrize(
+    ("answers", "tries"),
+    [
+        (["Unable to contact slurm controller (connect failure)"] * 2, 3),
+        (["Unable to contact slurm controller (connect failure)"] * 9, 7),
+        (["Requested operation is presently disabled for job 7"] * 9, 1),
+    ],
+)
+def test_a_controller_that_is_away_is_waited_for(
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answers: list[str],
+    tries: int,
+) -> None:
+    waits, asked, left = list[float](), list[tuple[str, ...]](), list(answers)
+
+    def answer(*arguments: str) -> str:
+        asked.append(arguments)
+        if left:
+            raise UserError(f"scontrol requeue 7: {left.pop()}")
+        return ""
+
+    monkeypatch.setattr(job_end, "scontrol", answer)
+    monkeypatch.setattr(job_end.time, "sleep", waits.append)
+    assert end(config, JOB, COME_BACK) == COME_BACK
+    assert asked == [("requeue", "7")] * tries and len(waits) == tries - 1
+    assert ("error: the job is not queued again" in capsys.readouterr().err) == bool(left)
 
 
 def test_a_hang(config: Config, slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> None:
