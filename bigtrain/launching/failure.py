@@ -26,6 +26,8 @@ class RankEnd:
     """Processes that the kernel has killed for want of memory while it ran (`oom_kills`)."""
     was_told: bool = False
     """Whether it was told to end before."""
+    time: float = 0.0
+    """Of its end, in seconds since the epoch, where it is known."""
 
     @property
     def status(self) -> int:
@@ -36,7 +38,7 @@ class RankEnd:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> RankEnd:
-        return RankEnd(record["rank"], record["returncode"], record["oom_kills"], record["was_told"])
+        return RankEnd(record["rank"], record["returncode"], record["oom_kills"], record["was_told"], record["time"])
 
 
 def is_effect(run_dir: Path, end: RankEnd, start: str) -> bool:
@@ -45,9 +47,17 @@ def is_effect(run_dir: Path, end: RankEnd, start: str) -> bool:
     return end.returncode > 0 and crash is not None and bool(crash["lost_peer"])
 
 
-def likeliness(returncode: int) -> tuple[bool, bool]:
-    """To sort by, where several ranks failed: a mistake of the user comes first, then a death by signal."""
-    return returncode != USER_ERROR, returncode >= 0
+def likeliness(returncode: int, fell: float = 0.0) -> tuple[bool, bool, float, bool]:
+    """To sort by, where several ranks failed: a mistake of the user comes first, which all may see and which ends a
+    rank slowly; then who fell first (`fell`: when), then a death by signal. SIGABRT is last: NCCL ends a rank so that
+    has lost another."""
+    return returncode != USER_ERROR, returncode == -signal.SIGABRT, fell, returncode >= 0
+
+
+def fell(run_dir: Path, end: RankEnd, start: str) -> float:
+    """When a rank fell, in seconds since the epoch: its exception, which may be a while ahead of its end."""
+    crash = failures.read_json(failures.crash_file(run_dir, end.rank), start)
+    return end.time if crash is None or end.returncode <= 0 else min(end.time, crash["time"])
 
 
 def find(run_dir: Path, ends: Sequence[RankEnd], start: str, metrics: tuple[int, int]) -> Failure:

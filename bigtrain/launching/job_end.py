@@ -104,7 +104,10 @@ def cause(run_dir: Path, ends: Sequence[RankEnd], job: Job, status: int) -> Fail
     failed = [each for each in ends if each.returncode != 0 and not each.was_told]
     by_themselves = [each for each in failed if not failure.is_effect(run_dir, each, job.start)]
     if by_themselves:
-        likeliest = sorted(by_themselves, key=lambda each: failure.likeliness(each.returncode))
+        likeliest = sorted(
+            by_themselves,
+            key=lambda each: failure.likeliness(each.returncode, failure.fell(run_dir, each, job.start)),
+        )
         return failure.find(run_dir, likeliest, job.start, metrics)
     step, has_stepped = failure.progress(run_dir, metrics)
     verdict = failure.hang(run_dir, job.start, has_stepped=has_stepped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,25 @@ def test_the_cause_among_those_that_it_took_along(tmp_path: Path, monkeypatch: p
     found = cause(tmp_path, [RankEnd.from_record(each) for each in failures.ends(tmp_path, JOB.start, WORLD)], JOB, 137)
     assert found.cause.startswith("rank 1 was killed by SIGKILL (out of memory") and found.step == 4
     assert (found.rank, found.sign, found.status, found.has_stepped) == (1, "SIGKILL", 137, True)
+
+
+def test_the_cause_is_who_fell_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the lowest rank, and not one that NCCL's watchdog has aborted."""
+
+    def told() -> str:
+        ends = [RankEnd.from_record(each) for each in failures.ends(tmp_path, JOB.start, WORLD)]
+        return cause(tmp_path, ends, JOB, 134).cause
+
+    ended(tmp_path, RankEnd(1, -6))  # its clock may be wrong
+    crashed(tmp_path, 3, ValueError("no"), monkeypatch, step=6)
+    time.sleep(0.01)
+    crashed(tmp_path, 0, RuntimeError("something of NCCL"), monkeypatch, step=6)
+    ended(tmp_path, RankEnd(0, 1))
+    time.sleep(0.01)
+    ended(tmp_path, RankEnd(3, 1), RankEnd(2, -11))
+    assert told() == "rank 3: ValueError: no", "its exception was first, though its process ended later"
+    ended(tmp_path, RankEnd(0, 2))
+    assert told() == "rank 0 says why", "a mistake of the user"
 
 
 def test_a_rank_that_was_told_to_end_is_no_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
