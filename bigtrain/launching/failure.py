@@ -14,6 +14,9 @@ from bigtrain.launching.restarts import PORT_TAKEN, Failure
 from bigtrain.telemetry import failures
 from bigtrain.telemetry.metrics import METRICS_FILE
 
+NEVER_BEGAN = "never began"
+"""Sign of an attempt that none of the ranks began."""
+
 
 @dataclass(frozen=True)
 class RankEnd:
@@ -92,7 +95,7 @@ def hang(run_dir: Path, start: str, *, has_stepped: bool) -> Failure | None:
 
 def told(found: Failure, log: Path | None = None) -> str:
     """The cause as the last line of the console says it. `log`: what the rank wrote."""
-    if found.kind == "hang":
+    if found.kind == "hang" or found.sign == NEVER_BEGAN:
         return found.cause
     step = f"at step {found.step}" if found.step else "before the first step"
     return f"{found.cause}, {step}" + (f"; its output: {log}" if log is not None else "")

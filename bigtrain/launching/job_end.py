@@ -113,6 +113,9 @@ def cause(run_dir: Path, ends: Sequence[RankEnd], job: Job, status: int) -> Fail
     verdict = failure.hang(run_dir, job.start, has_stepped=has_stepped)
     if verdict is not None:
         return verdict
+    if not ends and not any(_hosts(run_dir, job).values()):
+        text = f"the ranks never began, srun ended with status {status}: see its lines above"
+        return Failure("crash", text, failure.NEVER_BEGAN, status, None, 0, False)
     lost = missing([each.rank for each in ends], _hosts(run_dir, job))
     if not lost:
         text = f"srun ended with status {status}, and no rank says why"

@@ -14,7 +14,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ClusterConfig, Config, RunConfig
 from bigtrain.config.status import COME_BACK, HUNG, STOPPED, USER_ERROR
 from bigtrain.launching import job_end
-from bigtrain.launching.failure import RankEnd
+from bigtrain.launching.failure import RankEnd, told
 from bigtrain.launching.job_end import Job, cause, end, missing
 from bigtrain.telemetry import failures
 from tests.unit.launching.test_failure import steps
@@ -108,6 +108,15 @@ def test_a_lost_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = cause(tmp_path, [RankEnd(0, 1), RankEnd(1, 1)], JOB, 137)
     assert found.cause == ("ranks 2, 3 (node1) left without a word: the node is lost, or all of the task was killed")
     assert (found.sign, found.step, found.has_stepped) == ("lost", 4, True)
+
+
+def test_srun_could_not_start_a_rank(tmp_path: Path) -> None:
+    """An image that is not there, say."""
+    steps(tmp_path, 9)
+    failures.write_json(failures.place_file(tmp_path, 1), {"start": "earlier", "host": "node0"})
+    found = cause(tmp_path, [], JOB, 1)
+    assert told(found) == "the ranks never began, srun ended with status 1: see its lines above"
+    assert (found.rank, found.step, found.has_stepped) == (None, 0, False)
 
 
 def test_nobody_says_why(tmp_path: Path) -> None:
