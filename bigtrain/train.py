@@ -53,10 +53,7 @@ def main(arguments: list[str]) -> int:
         return USER_ERROR
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _say(
-                f"error: {run_dir} cannot be written, its disk is full ({error.strerror}). Make room; the same "
-                "command goes on from the newest checkpoint."
-            )
+            _say(_disk_full(error, run_dir, rank, watchdog.step))
             return USER_ERROR
         _say_crash(error, run_dir, rank, watchdog.step)
         with contextlib.suppress(OSError):
@@ -83,6 +80,17 @@ def _say_crash(error: Exception, run_dir: Path, rank: int, step: int) -> None:
         elif not is_spoken_for:
             failures.append_event(run_dir, "crash", rank=rank, cause=named, step=step)
     _say(text.rstrip("\n") if is_spoken_for else f"{text}error: {named}")
+
+
+def _disk_full(error: OSError, run_dir: Path, rank: int, step: int) -> str:
+    """Which disk, as far as that is known: it may not be the run's. The traceback is kept where there is room."""
+    where = f"the disk of {error.filename}" if error.filename else f"a disk, that of {run_dir} or another,"
+    text, kept = traceback.format_exc(), ""
+    with contextlib.suppress(OSError):
+        failures.write_crash(run_dir, rank, error, text, step=step)
+        kept = f" The traceback: {failures.crash_file(run_dir, rank)}"
+    again = "Make room; the same command goes on from the newest checkpoint."
+    return f"error: {where} is full ({error.strerror}). {again}{kept}"
 
 
 def _say(text: str) -> None:
