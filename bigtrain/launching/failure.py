@@ -119,12 +119,13 @@ def oom_kills() -> int:
 
 
 def _memory(name: str, kills: int) -> str:
+    """What was seen, no more: the count may be another control group's than the rank's, or the whole machine's."""
     if name != "SIGKILL":
         return ""
     return (
-        f" (out of memory: the kernel's oom_kill went up by {kills})"
+        f" (out of memory, it seems: the kernel's oom_kill went up by {kills})"
         if kills
-        else " (not for want of memory: the kernel's oom_kill did not change)"
+        else " (the kernel's oom_kill, as far as it is seen here, did not change)"
     )
 
 

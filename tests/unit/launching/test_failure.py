@@ -61,7 +61,8 @@ def test_what_an_earlier_start_left_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("new_kills", "says"), [(2, "out of memory: the kernel's oom_kill went up by 2"), (0, "not for")]
+    ("new_kills", "says"),
+    [(2, "out of memory, it seems: the kernel's oom_kill went up by 2"), (0, "as far as it is seen here")],
 )
 def test_a_rank_that_was_killed(tmp_path: Path, new_kills: int, says: str) -> None:
     before = failures.stamp(tmp_path)

@@ -70,7 +70,7 @@ def test_the_cause_among_those_that_it_took_along(tmp_path: Path, monkeypatch: p
         crashed(tmp_path, rank, LOST_PEER, monkeypatch, step=4)
     ended(tmp_path, *(RankEnd(rank, 1) for rank in (0, 2, 3)), RankEnd(1, -9, 1))
     found = cause(tmp_path, [RankEnd.from_record(each) for each in failures.ends(tmp_path, JOB.start, WORLD)], JOB, 137)
-    assert found.cause.startswith("rank 1 was killed by SIGKILL (out of memory") and found.step == 4
+    assert found.cause.startswith("rank 1 was killed by SIGKILL (out of memory, it seems") and found.step == 4
     assert (found.rank, found.sign, found.status, found.has_stepped) == (1, "SIGKILL", 137, True)
 
 
