@@ -22,6 +22,7 @@ from bigtrain.config.derive import derive, describe, world_size
 from bigtrain.config.errors import UserError
 from bigtrain.config.help import help_text, keys_text
 from bigtrain.config.schema import Config
+from bigtrain.config.status import COME_BACK, STOPPED
 from bigtrain.config.sweep import points
 from bigtrain.config.vendors import check_versions
 from bigtrain.launching import attempts, init_from, local, machine, outcome, slurm, sweep
@@ -31,6 +32,9 @@ from bigtrain.launching.plan import plan, prepare_command
 from bigtrain.launching.preflight import preflight
 from bigtrain.launching.slurm_script import Batch
 from bigtrain.launching.sweep import Sweep
+
+ENDS_SWEEP = (COME_BACK, STOPPED, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
+"""Statuses of a run that was told to stop: the next one would be in the way of whoever said so."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for what the user can fix, 130 for Ctrl-C, 75 where SIGUSR2 stopped the run, else
-    that of the rank that failed first."""
+    """Returns the exit status: 0, 2 for what the user can fix, 130 for Ctrl-C, 75 where SIGUSR2 stopped the run, 77
+    where a rank alone was told to stop, else that of the rank that failed first."""
     began = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -158,7 +162,7 @@ def _one_by_one(found: Sweep) -> int:
         print(f"\nrun {place} of {len(found.runs)}: {run.config.run.name}", flush=True)
         began = time.monotonic()
         status = _train(run.config)
-        if status in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):  # sent to us: it ends the sweep
+        if status in ENDS_SWEEP:
             return status
         first_failure = first_failure or status
         print("\n".join(outcome.summary(run.run_dir, took_s=time.monotonic() - began)), flush=True)

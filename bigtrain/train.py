@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import load
-from bigtrain.config.status import COME_BACK, CRASHED, USER_ERROR
+from bigtrain.config.status import COME_BACK, CRASHED, STOPPED, USER_ERROR
 from bigtrain.config.vendors import check_versions
 from bigtrain.launching.lock import train_alone
 from bigtrain.telemetry import failures
@@ -54,17 +54,17 @@ def main(arguments: list[str]) -> int:
         return USER_ERROR
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _say(
-                f"error: {run_dir} cannot be written, its disk is full ({error.strerror}). Make room; the same "
-                "command goes on from the newest checkpoint."
-            )
+            _say(_disk_full(error, run_dir, rank, watchdog.step))
             return USER_ERROR
         _say_crash(error, run_dir, rank, watchdog.step)
         leave(CRASHED)
     watchdog.stop()
-    if stopped_by:  # srun ends the others once rank 0 has said it: they end well by themselves
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return COME_BACK if rank == 0 and stopped_by == "SIGUSR2" else 0
+    if not stopped_by:
+        return 0
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends the others once rank 0 has said it: they end well
+    if rank:
+        return 0
+    return COME_BACK if stopped_by == "SIGUSR2" else STOPPED
 
 
 def _say_crash(error: Exception, run_dir: Path, rank: int, step: int) -> None:
@@ -79,6 +79,17 @@ def _say_crash(error: Exception, run_dir: Path, rank: int, step: int) -> None:
         elif not is_spoken_for:
             failures.append_event(run_dir, "crash", rank=rank, cause=named, step=step)
     _say(text.rstrip("\n") if is_spoken_for else f"{text}error: {named}")
+
+
+def _disk_full(error: OSError, run_dir: Path, rank: int, step: int) -> str:
+    """Which disk, as far as that is known: it may not be the run's. The traceback is kept where there is room."""
+    where = f"the disk of {error.filename}" if error.filename else f"a disk, that of {run_dir} or another,"
+    text, kept = traceback.format_exc(), ""
+    with contextlib.suppress(OSError):
+        failures.write_crash(run_dir, rank, error, text, step=step)
+        kept = f" The traceback: {failures.crash_file(run_dir, rank)}"
+    again = "Make room; the same command goes on from the newest checkpoint."
+    return f"error: {where} is full ({error.strerror}). {again}{kept}"
 
 
 def _say(text: str) -> None:

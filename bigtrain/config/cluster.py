@@ -47,8 +47,8 @@ class ClusterConfig:
     (https://arxiv.org/abs/2410.21680, https://arxiv.org/abs/2407.21783)."""
     max_restarts: int = 0
     """How often a run that crashed or hung is started again, from its newest checkpoint. Not after a failure that would
-    only come again: a mistake in the settings, before the first step, or twice at the same step. With +cluster=slurm
-    it is 3, and they are counted anew when the run was saved at the time limit."""
+    only come again: a mistake in the settings, before a new run's first step, twice at the same step. With
+    +cluster=slurm it is 3, and they are counted anew when the run was saved at the time limit."""
     gpus_per_node: str | None = None
     """Slurm: GPUs of each node as the site names them, such as 8 or a100:8. null: procs_per_node, with device=cuda and
     no gpu in gres. 0: do not ask, the nodes are given whole."""

@@ -78,9 +78,8 @@ def cluster_problems(config: Config, world: int) -> Iterator[Problem]:
     cluster = config.cluster
     if cluster.kind == "local":
         yield from _local(cluster)
-    elif cluster.device == "auto":
-        message = "the launcher cannot see the nodes of a Slurm cluster"
-        yield Problem("cluster.device", cluster.device, message, "Set cluster.device=cuda or cpu")
+    else:
+        yield from _slurm(config)
     if cluster.time.isdigit():  # Slurm would take it for minutes
         message = "is a bare number, as YAML makes one of 12:00:00 without quotes"
         yield Problem("cluster.time", cluster.time, message, "Write D-HH:MM:SS; in a file with quotes: '12:00:00'")
@@ -106,6 +105,16 @@ def _local(cluster: ClusterConfig) -> Iterator[Problem]:
         if value is not None:
             message = "is for a Slurm cluster, and this run is for this machine"
             yield Problem(f"cluster.{name}", value, message, "Add +cluster=slurm, or leave it out")
+
+
+def _slurm(config: Config) -> Iterator[Problem]:
+    if config.cluster.device == "auto":
+        message = "the launcher cannot see the nodes of a Slurm cluster"
+        yield Problem("cluster.device", config.cluster.device, message, "Set cluster.device=cuda or cpu")
+    if re.search(r"[\s%:]", config.run.dir):
+        message = "squeue divides the job's command at spaces, sbatch replaces % in names, and : divides PYTHONPATH"
+        fix = "Choose a run.name and a run.dir without spaces, % and :"
+        yield Problem("run.dir", config.run.dir, message, fix)
 
 
 def asks_for_gpus(gres: str | None) -> bool:

@@ -37,7 +37,9 @@ def train(config: Config) -> int:
         new_kills = failure.oom_kills() - kills
         found = failure.find(run_dir, [_end_of(child, new_kills) for child in ended.failed], start, metrics)
         failed.append(found)
-        why_not = refused(failed, limit)
+        why_not = refused(failed, limit, has_trained=failure.has_trained(run_dir)) or (
+            "SIGUSR2 told it to end" if ended.was_warned else ""
+        )
         if found.kind == "crash":
             with contextlib.suppress(OSError):  # the disk may be full
                 failures.append_event(run_dir, "crash", rank=found.rank, cause=found.cause, step=found.step)

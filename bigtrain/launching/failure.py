@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config.status import HUNG, USER_ERROR
-from bigtrain.launching.restarts import Failure
+from bigtrain.launching.restarts import PORT_TAKEN, Failure
 from bigtrain.telemetry import failures
 from bigtrain.telemetry.metrics import METRICS_FILE
+
+NEVER_BEGAN = "never began"
+"""Sign of an attempt that none of the ranks began."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class RankEnd:
     """Processes that the kernel has killed for want of memory while it ran (`oom_kills`)."""
     was_told: bool = False
     """Whether it was told to end before."""
+    time: float = 0.0
+    """Of its end, in seconds since the epoch, where it is known."""
 
     @property
     def status(self) -> int:
@@ -36,7 +41,7 @@ class RankEnd:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> RankEnd:
-        return RankEnd(record["rank"], record["returncode"], record["oom_kills"], record["was_told"])
+        return RankEnd(record["rank"], record["returncode"], record["oom_kills"], record["was_told"], record["time"])
 
 
 def is_effect(run_dir: Path, end: RankEnd, start: str) -> bool:
@@ -45,9 +50,17 @@ def is_effect(run_dir: Path, end: RankEnd, start: str) -> bool:
     return end.returncode > 0 and crash is not None and bool(crash["lost_peer"])
 
 
-def likeliness(returncode: int) -> tuple[bool, bool]:
-    """To sort by, where several ranks failed: a mistake of the user comes first, then a death by signal."""
-    return returncode != USER_ERROR, returncode >= 0
+def likeliness(returncode: int, fell: float = 0.0) -> tuple[bool, bool, float, bool]:
+    """To sort by, where several ranks failed: a mistake of the user comes first, which all may see and which ends a
+    rank slowly; then who fell first (`fell`: when), then a death by signal. SIGABRT is last: NCCL ends a rank so that
+    has lost another."""
+    return returncode != USER_ERROR, returncode == -signal.SIGABRT, fell, returncode >= 0
+
+
+def fell(run_dir: Path, end: RankEnd, start: str) -> float:
+    """When a rank fell, in seconds since the epoch: its exception, which may be a while ahead of its end."""
+    crash = failures.read_json(failures.crash_file(run_dir, end.rank), start)
+    return end.time if crash is None or end.returncode <= 0 else min(end.time, crash["time"])
 
 
 def find(run_dir: Path, ends: Sequence[RankEnd], start: str, metrics: tuple[int, int]) -> Failure:
@@ -66,7 +79,8 @@ def find(run_dir: Path, ends: Sequence[RankEnd], start: str, metrics: tuple[int,
         return Failure("crash", cause, name, first.status, first.rank, step + 1, has_stepped)
     if crash is not None:
         cause, step = failures.named(crash), crash["step"]
-        return Failure("crash", cause, crash["error"], first.status, first.rank, step, has_stepped)
+        sign = PORT_TAKEN if PORT_TAKEN in cause or "Address already in use" in cause else crash["error"]
+        return Failure("crash", cause, sign, first.status, first.rank, step, has_stepped)
     sign = f"status {first.status}"
     return Failure("crash", f"rank {first.rank} ended with {sign}", sign, first.status, first.rank, step, has_stepped)
 
@@ -81,7 +95,7 @@ def hang(run_dir: Path, start: str, *, has_stepped: bool) -> Failure | None:
 
 def told(found: Failure, log: Path | None = None) -> str:
     """The cause as the last line of the console says it. `log`: what the rank wrote."""
-    if found.kind == "hang":
+    if found.kind == "hang" or found.sign == NEVER_BEGAN:
         return found.cause
     step = f"at step {found.step}" if found.step else "before the first step"
     return f"{found.cause}, {step}" + (f"; its output: {log}" if log is not None else "")
@@ -105,12 +119,13 @@ def oom_kills() -> int:
 
 
 def _memory(name: str, kills: int) -> str:
+    """What was seen, no more: the count may be another control group's than the rank's, or the whole machine's."""
     if name != "SIGKILL":
         return ""
     return (
-        f" (out of memory: the kernel's oom_kill went up by {kills})"
+        f" (out of memory, it seems: the kernel's oom_kill went up by {kills})"
         if kills
-        else " (not for want of memory: the kernel's oom_kill did not change)"
+        else " (the kernel's oom_kill, as far as it is seen here, did not change)"
     )
 
 
@@ -129,6 +144,11 @@ def progress(run_dir: Path, metrics: tuple[int, int]) -> tuple[int, bool]:
         elif record.get("name") in ("resume", "restart"):
             step, has_stepped = record["step"], False
     return step, has_stepped and failures.stamp(run_dir) != metrics
+
+
+def has_trained(run_dir: Path) -> bool:
+    """Whether the run has ever done a step that it has kept."""
+    return progress(run_dir, failures.stamp(run_dir))[0] > 0
 
 
 def _text(path: Path) -> str:

@@ -1,17 +1,21 @@
 """``python -m bigtrain.launching.job_end RUN STATUS``: what the batch script of a Slurm job does when srun has ended.
 
 STATUS is srun's, the highest of all ranks. A run that was warned ahead of the time limit has saved and ends with
-COME_BACK: the job is queued again. A run that failed is dealt with as on one machine (`bigtrain.launching.attempts`):
-the cause is found in what the ranks left, and told in metrics.jsonl and as the last line of the job's output; the job
-is queued again up to cluster.max_restarts times, where that can help. RUN/logs/slurm_failures.json keeps the failures
-meanwhile. What Slurm itself has ended (cancelled, preempted, a lost node) is left to Slurm.
+COME_BACK: the job is queued again. One that SIGTERM stopped has saved too (STOPPED): Slurm queues a preempted job again
+itself, unless it ends within the GraceTime that it was given; then this does. A run that failed is dealt with as on one
+machine (`bigtrain.launching.attempts`): the cause is found in what the ranks left, and told in metrics.jsonl and as the
+last line of the job's output; the job is queued again up to cluster.max_restarts times, where that can help.
+RUN/logs/slurm_failures.json keeps the failures meanwhile. What Slurm itself has ended (cancelled, preempted, a lost
+node) is left to Slurm.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +23,7 @@ from pathlib import Path
 from bigtrain.config import frozen
 from bigtrain.config.errors import UserError, exit_status
 from bigtrain.config.schema import Config
-from bigtrain.config.status import COME_BACK
+from bigtrain.config.status import COME_BACK, STOPPED
 from bigtrain.launching import failure
 from bigtrain.launching.failure import RankEnd
 from bigtrain.launching.meeting import fields_of, scontrol
@@ -27,6 +31,12 @@ from bigtrain.launching.restarts import Failure, refused
 from bigtrain.telemetry import failures
 
 IS_ENDING = "not queued again: Slurm has ended the job ({state})"
+
+NO_TIME = ("None", "0", "Unknown", "N/A", "")
+REQUEUE_WAITS_S = (5, 10, 20, 40, 60, 60)
+LASTING = re.compile(r"disabled|invalid|denied|permission|finished", re.IGNORECASE)
+"""What Slurm says of a requeue that it will never do."""
+WAS_STOPPED = "not queued again: a signal has stopped the run, which is saved; the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -51,19 +61,28 @@ def end(config: Config, job: Job, status: int) -> int:
     """Tell why the ranks ended, and queue the job again where it is to go on. Returns the job's exit status."""
     run_dir, cluster = Path(config.run.dir), config.cluster
     ends = [RankEnd.from_record(record) for record in failures.ends(run_dir, job.start, job.world)]
-    if status == COME_BACK or any((each.rank, each.returncode) == (0, COME_BACK) for each in ends):
+    saved = _saved(ends, status)
+    if saved == COME_BACK:
         _keep(run_dir, job.id, [])
         return _queue_again(job.id, COME_BACK) if cluster.requeue else COME_BACK
     if status == 0:
         return 0
-    state = _state(job.id)
+    shown = _shown(job.id)
+    state = shown.get("JobState", "RUNNING")  # as long as Slurm has not ended it
     if state != "RUNNING":
         print(IS_ENDING.format(state=state), file=sys.stderr, flush=True)
-        return status
+        return saved or status
+    if saved == STOPPED:
+        _keep(run_dir, job.id, [])
+        if cluster.requeue and shown.get("PreemptTime", "None") not in NO_TIME:
+            return _queue_again(job.id, STOPPED)
+        print(WAS_STOPPED, file=sys.stderr, flush=True)
+        return STOPPED
     found = cause(run_dir, ends, job, status)
     failed = [*_kept(run_dir, job.id), found]
     _keep(run_dir, job.id, failed)
-    why_not = refused(failed, cluster.max_restarts) or ("" if cluster.requeue else "cluster.requeue=false")
+    why_not = refused(failed, cluster.max_restarts, has_trained=failure.has_trained(run_dir))
+    why_not = why_not or ("" if cluster.requeue else "cluster.requeue=false")
     if found.kind == "crash":
         with contextlib.suppress(OSError):  # the disk may be full
             failures.append_event(run_dir, "crash", rank=found.rank, cause=found.cause, step=found.step)
@@ -73,18 +92,30 @@ def end(config: Config, job: Job, status: int) -> int:
     return found.status if why_not else _queue_again(job.id, found.status)
 
 
+def _saved(ends: Sequence[RankEnd], status: int) -> int:
+    """COME_BACK or STOPPED, where rank 0 has saved and ended so, whatever the others end with; else 0."""
+    said = [status, *(each.returncode for each in ends if each.rank == 0)]
+    return next((one for one in (COME_BACK, STOPPED) if one in said), 0)
+
+
 def cause(run_dir: Path, ends: Sequence[RankEnd], job: Job, status: int) -> Failure:
     """Why the ranks failed, by how those ended that were there to tell, and by which are missing."""
     metrics = _metrics_before(run_dir, job.start)
     failed = [each for each in ends if each.returncode != 0 and not each.was_told]
     by_themselves = [each for each in failed if not failure.is_effect(run_dir, each, job.start)]
     if by_themselves:
-        likeliest = sorted(by_themselves, key=lambda each: failure.likeliness(each.returncode))
+        likeliest = sorted(
+            by_themselves,
+            key=lambda each: failure.likeliness(each.returncode, failure.fell(run_dir, each, job.start)),
+        )
         return failure.find(run_dir, likeliest, job.start, metrics)
     step, has_stepped = failure.progress(run_dir, metrics)
     verdict = failure.hang(run_dir, job.start, has_stepped=has_stepped)
     if verdict is not None:
         return verdict
+    if not ends and not any(_hosts(run_dir, job).values()):
+        text = f"the ranks never began, srun ended with status {status}: see its lines above"
+        return Failure("crash", text, failure.NEVER_BEGAN, status, None, 0, False)
     lost = missing([each.rank for each in ends], _hosts(run_dir, job))
     if not lost:
         text = f"srun ended with status {status}, and no rank says why"
@@ -120,20 +151,26 @@ def _metrics_before(run_dir: Path, start: str) -> tuple[int, int]:
     return size, time_ns
 
 
-def _state(job_id: str) -> str:
-    """What Slurm says of the job: RUNNING, as long as it has not ended it."""
+def _shown(job_id: str) -> Mapping[str, str]:
+    """What Slurm says of the job, by name."""
     try:
-        return fields_of(scontrol("--oneliner", "show", "job", job_id)).get("JobState", "RUNNING")
+        return fields_of(scontrol("--oneliner", "show", "job", job_id))
     except UserError:  # Slurm does not answer; if it does not at the requeue either, that says so
-        return "RUNNING"
+        return {}
 
 
 def _queue_again(job_id: str, status: int) -> int:
-    """Slurm kills the batch script at once."""
-    try:
-        scontrol("requeue", job_id)
-    except UserError as error:
-        print(f"error: the job is not queued again: {error}", file=sys.stderr, flush=True)
+    """Slurm kills the batch script at once. A controller that is away for some minutes is waited for."""
+    for wait_s in (*REQUEUE_WAITS_S, 0):
+        try:
+            scontrol("requeue", job_id)
+            return status
+        except UserError as error:
+            if LASTING.search(str(error)) or not wait_s:
+                print(f"error: the job is not queued again: {error}", file=sys.stderr, flush=True)
+                return status
+            print(f"tried again in {wait_s} s: {error}", file=sys.stderr, flush=True)
+        time.sleep(wait_s)
     return status
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from bigtrain.config.schema import Config
-from bigtrain.config.status import COME_BACK, HUNG, USER_ERROR
+from bigtrain.config.status import COME_BACK, HUNG, STOPPED, USER_ERROR
 from bigtrain.launching.environment import Place, free_port, rank_environment
 from bigtrain.launching.failure import likeliness
 from bigtrain.telemetry.failures import SPOKEN_FOR
@@ -28,6 +28,8 @@ POLL_S = 0.02
 SHOWN_LINES = 40
 """Of a failed rank's output."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+SAVED = (COME_BACK, STOPPED)
+"""Of a rank that a signal has stopped, which is no failure."""
 SETTLE_S = 2.0
 """A mistake of the user is seen by many ranks at once: so long may rank 0 take to say it on the terminal."""
 
@@ -70,11 +72,13 @@ class Ended:
 
     status: int
     """0, or that of the command that failed first (128 + n for signal n, as a shell says it), or 128 + n where signal n
-    was sent to us; COME_BACK where SIGUSR2 was sent to us or to them."""
+    was sent to us; COME_BACK where SIGUSR2 was sent to us or to them, STOPPED where another was sent to them alone."""
     failed: Sequence[Child] = ()
     """Those that failed before the others were ended, the likeliest cause in front; none where a signal was sent to
-    us."""
+    us, other than SIGUSR2."""
     num_others: int = 0
+    was_warned: bool = False
+    """Whether SIGUSR2 was sent to us: whoever sent it does not want another start now."""
 
 
 def run(commands: Sequence[Command], *, grace_s: float = 10.0) -> int:
@@ -99,8 +103,8 @@ def watch(
     They have `linger_s` to fail by themselves before. `is_effect`: whether a failed one fell only because another did;
     that one is then waited for, up to SETTLE_S.
 
-    A signal sent to us (Ctrl-C, SIGTERM, SIGHUP, SIGUSR2) is passed on; a second one ends everything. Call it from the
-    main thread.
+    A signal sent to us (Ctrl-C, SIGTERM, SIGHUP, SIGUSR2) is passed on; a second Ctrl-C ends everything: no other
+    one does, since Slurm sends SIGTERM twice within milliseconds. Call it from the main thread.
     """
     children: list[Child] = []
     failed: list[Child] = []
@@ -119,14 +123,15 @@ def watch(
             if sys.stdout.isatty():  # a rank that was killed had hidden the cursor for its live line
                 sys.stdout.write("\x1b[?25h")
                 sys.stdout.flush()
-    comes_back = any(child.process.returncode == COME_BACK for child in children)
-    if received and received[0] == signal.SIGUSR2:  # they may have been done, or not ready to listen
-        return Ended(COME_BACK if comes_back or failed else 0)
-    if received:
+    saved = next((child.status for child in children if child.status in SAVED), 0)
+    was_warned = received[:1] == [signal.SIGUSR2]
+    if received and not was_warned:
         return Ended(128 + received[0])
+    if was_warned and (saved == COME_BACK or any(child.process.returncode == -signal.SIGUSR2 for child in failed)):
+        return Ended(COME_BACK)  # the second: not ready to listen, so there was nothing to save
     if failed:
-        return Ended(failed[0].status, failed, len(children) - len(failed))
-    return Ended(COME_BACK if comes_back else 0)
+        return Ended(failed[0].status, failed, len(children) - len(failed), was_warned)
+    return Ended(saved)
 
 
 @dataclass
@@ -202,19 +207,19 @@ def _received_signals() -> Iterator[list[int]]:
 
 
 def _watch(children: Sequence[Child], received: list[int], is_effect: Callable[[Child], bool]) -> list[Child]:
-    """Wait until all children end, one fails, or two signals came. Returns those that failed first, the likeliest
+    """Wait until all children end, one fails, or Ctrl-C came twice. Returns those that failed first, the likeliest
     cause in front: a mistake of the user, then a death by signal, then the lowest rank."""
     passed_on, first_failure = 0, 0.0
     while True:
         codes = [child.process.poll() for child in children]
-        failed = [child for child, code in zip(children, codes, strict=True) if code not in (None, 0, COME_BACK)]
+        failed = [child for child, code in zip(children, codes, strict=True) if code not in (None, 0, *SAVED)]
         if failed and not first_failure:
             first_failure = time.monotonic()
         is_unclear = _only_logged(failed) or all(map(is_effect, failed))
         settled = not is_unclear or time.monotonic() - first_failure > SETTLE_S
-        is_urgent = len(received) > 1
+        is_urgent = received.count(signal.SIGINT) > 1
         if received and (is_urgent or not passed_on):
-            passed_on = received[0]
+            passed_on = signal.SIGINT if is_urgent else received[0]
             for child in children:
                 child.signal_group(passed_on)
         if (failed and settled) or is_urgent or None not in codes:

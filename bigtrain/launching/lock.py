@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -52,14 +53,14 @@ def train_alone(run_dir: Path) -> None:
         file = os.open(run_dir / TRAINS, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:
         return
-    deadline, job = time.monotonic() + _PROBES_S, _job()
+    deadline = time.monotonic() + _PROBES_S
     while not _taken(file, fcntl.LOCK_EX):
-        if job and _holder(file).endswith(job):
+        if _is_earlier(_holder(file)):
             return
         if time.monotonic() > deadline:
             raise _trains(run_dir, _holder(file))
         time.sleep(0.1)
-    _sign(file, f"process {os.getpid()} on {socket.gethostname()}{job}")
+    _sign(file, f"process {os.getpid()} on {socket.gethostname()}{_job()}")
 
 
 def _refuse_live_run(run_dir: Path) -> None:
@@ -82,8 +83,20 @@ def _trains(run_dir: Path, holder: str) -> UserError:
 
 
 def _job() -> str:
+    """As the holder's line ends."""
     job = os.environ.get("SLURM_JOB_ID")
-    return f", Slurm job {job}" if job else ""
+    return f", Slurm job {job}, start {_start()}" if job else ""
+
+
+def _start() -> int:
+    """Slurm counts the starts of a job, from 0."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _is_earlier(holder: str) -> bool:
+    """Whether it is an earlier start of our own Slurm job."""
+    found = re.search(r", Slurm job (\S+), start (\d+)$", holder)
+    return found is not None and found[1] == os.environ.get("SLURM_JOB_ID") and int(found[2]) < _start()
 
 
 def _taken(file: int, kind: int) -> bool:

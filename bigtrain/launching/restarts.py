@@ -27,21 +27,32 @@ class Failure:
     """Whether the attempt had done a step."""
 
 
-def refused(attempts: Sequence[Failure], max_restarts: int) -> str:
-    """Why the run is not started again after these failures, the last one last; empty where it is.
+PORT_TAKEN = "EADDRINUSE"
+"""Sign of a failure to listen where the ranks meet: the next start takes another port."""
 
-    What would only come again is not tried: it would burn the allocation."""
+
+def refused(attempts: Sequence[Failure], max_restarts: int, *, has_trained: bool = False) -> str:
+    """Why the run is not started again after these failures, the last one last; empty where it is. `has_trained`:
+    whether the run has ever done a step, in an earlier job perhaps.
+
+    What would only come again is not tried: it would burn the allocation. A run that has trained has settings that
+    work: what keeps it from its first step now (a busy GPU, a mount that is missing) gets one more try."""
     last, before = attempts[-1], attempts[-2] if len(attempts) > 1 else None
     if last.kind == "user" or last.status == USER_ERROR:
         return "the same settings would fail again"
     if max_restarts == 0:
         return "cluster.max_restarts=0"
-    if last.kind == "crash" and not last.has_stepped:
-        return "it failed before its first step, and would again"
-    if before is not None and not (last.has_stepped or before.has_stepped):
-        return "it hung before its first step, twice"
-    if before is not None and (last.sign, last.step) == (before.sign, before.step):
-        return f"it failed so at step {last.step} before"
+    has_trained = has_trained or any(each.has_stepped for each in attempts)
+    if last.sign != PORT_TAKEN:
+        if last.kind == "crash" and not (last.has_stepped or has_trained):
+            return "it failed before its first step, and would again"
+        if before is not None and not (last.has_stepped or before.has_stepped):
+            if last.kind == before.kind == "hang":
+                return "it hung before its first step, twice"
+            if last.sign == before.sign:
+                return "it failed so before its first step, twice"
+        if before is not None and (last.sign, last.step) == (before.sign, before.step):
+            return f"it failed so at step {last.step} before"
     if len(attempts) > max_restarts:
         return f"it was started again {max_restarts} times (cluster.max_restarts)"
     return ""

@@ -111,7 +111,7 @@ class QueuedJob:
         return any(path.is_relative_to(folder) for path in self.paths)
 
     def trains_in(self, run_dir: Path) -> bool:
-        """By its own script, or by the link to it that a task of an array leaves (`_link`). The number alone would not
+        """By its own script, or by the link to it that a task of an array leaves (`link`). The number alone would not
         do: a cluster that is set up anew gives it again."""
         if self.is_in(run_dir):
             return True
@@ -176,20 +176,23 @@ def submit(batch: Batch) -> list[str]:
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(_refused(str(error))) from error
     for run_dir, job in zip(batch.run_dirs, jobs, strict=True):
-        _link(batch, Path(run_dir), job.job_id)
+        link(batch, Path(run_dir), job.job_id)
     return [job.job_id for job in jobs]
 
 
-def _link(batch: Batch, run_dir: Path, job: str) -> None:
-    """Of an array, the files lie with the sweep: the run has links to its script and to what rank 0 says."""
+def link(batch: Batch, run_dir: Path, job: str) -> None:
+    """Of an array, the files lie with the sweep: the run has links to its script and to what rank 0 says. The job is in
+    the queue by now: nothing may keep its number from the user. A cluster that is set up anew gives a number again."""
     own = slurm_folder(run_dir)
     if own == batch.folder:
         return
-    own.mkdir(parents=True, exist_ok=True)
     script = batch.folder / f"{job.partition('_')[0]}{SUBMISSION}"
     outputs = [batch.folder / f"{job}_0_log.{end}" for end in ("out", "err")]
     for target, name in ((script, job + SUBMISSION), *((path, path.name) for path in outputs)):
-        (own / name).symlink_to(os.path.relpath(target, own))
+        with contextlib.suppress(OSError):
+            own.mkdir(parents=True, exist_ok=True)
+            (own / name).unlink(missing_ok=True)
+            (own / name).symlink_to(os.path.relpath(target, own))
 
 
 def told(config: Config, job: str) -> str:

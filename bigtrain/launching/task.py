@@ -19,7 +19,7 @@ from types import FrameType
 
 from bigtrain.config import frozen
 from bigtrain.config.errors import UserError, exit_status
-from bigtrain.config.status import COME_BACK, HUNG
+from bigtrain.config.status import COME_BACK, HUNG, STOPPED
 from bigtrain.launching.environment import Place, rank_environment
 from bigtrain.launching.failure import RankEnd, oom_kills
 from bigtrain.launching.local import die_with_parent
@@ -66,7 +66,7 @@ def run(run_dir: Path, place: Place, command: Sequence[str], environment: Mappin
     end = RankEnd(place.rank, returncode, oom_kills() - kills, was_told=signal.SIGTERM in received)
     failures.write_end(run_dir, place.rank, start, end.to_record())
     if returncode not in (0, HUNG):  # those that hung have waited for each other
-        _linger(run_dir, start, place.world, received)
+        _linger(run_dir, start, place.world, received if returncode != STOPPED else ())  # others end well meanwhile
     return end.status
 
 
@@ -87,7 +87,7 @@ def _wait(process: subprocess.Popen[bytes], is_lost: Callable[[], bool]) -> int:
 def _another_failed(run_dir: Path, start: str) -> bool:
     seen = [failures.read_json(path, start) for path in failures.ends_seen(run_dir, start)]
     ends = [RankEnd.from_record(record) for record in seen if record is not None]
-    return any(end.returncode not in (0, COME_BACK) and not end.was_told for end in ends)
+    return any(end.returncode not in (0, COME_BACK, STOPPED) and not end.was_told for end in ends)
 
 
 def _linger(run_dir: Path, start: str, world: int, received: Sequence[int]) -> None:

@@ -35,7 +35,9 @@ _OF_A_START = (
 )
 _OF_A_LOST_PEER = re.compile(
     "connection (was )?(closed|reset|refused)|broken pipe|closed by (remote )?peer|remote process exited|"
-    "socket timeout|communicator was aborted|failed to recv|failed to send|process group .*terminated",
+    "socket timeout|communicator was aborted|failed to recv|failed to send|process group .*terminated|"
+    "connection timed out|no route to host|timed out waiting|application timeout caused pair closure|"
+    "unhandled system error|waiting for clients",
     re.IGNORECASE,
 )
 

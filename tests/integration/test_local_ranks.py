@@ -17,7 +17,7 @@ import pytest
 from bigtrain.config import frozen
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
-from bigtrain.config.status import COME_BACK, HUNG
+from bigtrain.config.status import COME_BACK, HUNG, STOPPED
 from bigtrain.launching.local import Child, Command, run, watch
 from bigtrain.launching.lock import only_launch
 
@@ -178,6 +178,28 @@ def test_ranks_that_a_warning_stopped_have_not_failed(tmp_path: Path) -> None:
     assert all(is_gone(pid) for pid in pids)
 
 
+@pytest.mark.parametrize(
+    ("act", "status"), [("sys.exit(2)", 2), ("sys.exit(1)", 1), ("signal.raise_signal(signal.SIGUSR2)", COME_BACK)]
+)
+def test_a_failure_behind_a_warning_is_a_failure(tmp_path: Path, act: str, status: int) -> None:
+    """A save that finds no room, say; not a rank that did not listen yet."""
+    code = (
+        "import signal, sys\n"
+        "def warned(*_):\n"
+        "    signal.signal(signal.SIGUSR2, signal.SIG_DFL)\n"
+        f"    {act}\n"
+        "signal.signal(signal.SIGUSR2, warned)\n"
+    )
+    process, _ = launcher(tmp_path, code + SLEEPER)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(20) == status
+
+
+def test_a_rank_that_was_told_to_stop_has_not_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([python(0, f"raise SystemExit({STOPPED})"), python(1, "import time; time.sleep(0.3)")]) == STOPPED
+    assert capfd.readouterr().err == ""
+
+
 def test_a_second_signal_ends_those_that_did_not_listen(tmp_path: Path) -> None:
     deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " + STUBBORN
     process, pids = launcher(tmp_path, deaf)
@@ -187,6 +209,22 @@ def test_a_second_signal_ends_those_that_did_not_listen(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 128 + signal.SIGINT
     assert all(is_gone(pid) for pid in pids)
+
+
+def test_a_second_sigterm_leaves_the_time_to_save(tmp_path: Path) -> None:
+    """Slurm sends two within milliseconds."""
+    saving = (
+        "import signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(2); open(sys.argv[1] + '.saved', 'w').close(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+    )
+    process, _ = launcher(tmp_path, saving + SLEEPER, grace_s=0.1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert all((tmp_path / f"{name}.saved").exists() for name in "01")
 
 
 def test_a_second_signal_is_passed_on_and_ends_at_once_those_that_took_the_first_as_a_wish(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from bigtrain.config.schema import (
     ParallelConfig,
     TrackerConfig,
 )
+from bigtrain.config.status import STOPPED
 from bigtrain.telemetry.goodput import PARTS
 from tests.integration.runs import (
     DEADLINE_S,
@@ -256,7 +257,8 @@ def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Interru
 
 def test_one_rank_that_is_told_to_stop_stops_all_at_a_boundary(interrupted: Interrupted) -> None:
     attempt = interrupted.attempts["one rank told"]
-    assert attempt.status == 0, attempt.output + "".join(attempt.ranks)
+    assert attempt.status == STOPPED, attempt.output + "".join(attempt.ranks)
+    assert "error" not in attempt.output
     assert "stopping: this step ends, then the run is saved" in attempt.output
     step = interrupted.steps["one rank told"]
     assert 4 <= step < STEPS and interrupted.commits["one rank told"] == [step]

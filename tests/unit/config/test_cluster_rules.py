@@ -11,7 +11,7 @@ import pytest
 from bigtrain.config.cluster import ClusterConfig
 from bigtrain.config.cluster_rules import cluster_problems, is_secret
 from bigtrain.config.compose import compose
-from bigtrain.config.schema import Config
+from bigtrain.config.schema import Config, RunConfig
 
 SLURM: dict[str, Any] = {"kind": "slurm", "num_nodes": 2, "procs_per_node": 8, "device": "cuda"}
 SITE: dict[str, Any] = {
@@ -44,6 +44,22 @@ def problems(**cluster: Any) -> dict[str, str]:
 
 def test_all_that_a_site_sets_is_sound() -> None:
     assert problems(**SITE) == {}
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "kind", "is_sound"),
+    [
+        ("/shared/runs/big-1.0_a", "slurm", True),
+        ("/shared/My Runs/big", "slurm", False),
+        ("/shared/50%/big", "slurm", False),
+        ("/shared/a:b", "slurm", False),
+        ("/home/me/My Runs/50%:b", "local", True),
+    ],
+)
+def test_a_folder_that_slurm_cannot_take(run_dir: str, kind: str, is_sound: bool) -> None:
+    cluster = ClusterConfig(**{**SLURM, "kind": kind, "num_nodes": 1})
+    found = list(cluster_problems(Config(run=RunConfig(dir=run_dir), cluster=cluster), 8))
+    assert [problem.key for problem in found] == ([] if is_sound else ["run.dir"])
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import signal
+import socket
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from bigtrain.config.status import HUNG
 from bigtrain.launching import failure
 from bigtrain.launching.failure import RankEnd, find, is_effect
+from bigtrain.launching.restarts import PORT_TAKEN
 from bigtrain.telemetry import failures
 from bigtrain.telemetry.metrics import MetricsFile
 
@@ -34,6 +37,21 @@ def test_an_exception_is_told_by_the_rank(tmp_path: Path) -> None:
     assert (found.rank, found.step, found.status, found.has_stepped) == (1, 4, 1, True)
 
 
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    """As PyTorch itself says it."""
+    with socket.create_server(("", 0)) as other:
+        with pytest.raises(dist.DistNetworkError) as error:
+            dist.TCPStore("127.0.0.1", other.getsockname()[1], 2, is_master=True)
+        failures.write_crash(tmp_path, 0, error.value, "", step=0)
+    assert find(tmp_path, [RankEnd(0, 1)], START, failures.stamp(tmp_path)).sign == PORT_TAKEN
+
+
+def test_whether_a_run_has_ever_trained(tmp_path: Path) -> None:
+    assert not failure.has_trained(tmp_path)
+    steps(tmp_path, 2)
+    assert failure.has_trained(tmp_path)
+
+
 def test_what_an_earlier_start_left_does_not_count(tmp_path: Path) -> None:
     steps(tmp_path, 3)
     failures.write_crash(tmp_path, 1, ValueError("no"), "", step=4)
@@ -43,7 +61,8 @@ def test_what_an_earlier_start_left_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("new_kills", "says"), [(2, "out of memory: the kernel's oom_kill went up by 2"), (0, "not for")]
+    ("new_kills", "says"),
+    [(2, "out of memory, it seems: the kernel's oom_kill went up by 2"), (0, "as far as it is seen here")],
 )
 def test_a_rank_that_was_killed(tmp_path: Path, new_kills: int, says: str) -> None:
     before = failures.stamp(tmp_path)

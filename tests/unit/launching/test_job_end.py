@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ClusterConfig, Config, RunConfig
-from bigtrain.config.status import COME_BACK, HUNG, USER_ERROR
+from bigtrain.config.status import COME_BACK, HUNG, STOPPED, USER_ERROR
 from bigtrain.launching import job_end
-from bigtrain.launching.failure import RankEnd
+from bigtrain.launching.failure import RankEnd, told
 from bigtrain.launching.job_end import Job, cause, end, missing
 from bigtrain.telemetry import failures
 from tests.unit.launching.test_failure import steps
@@ -68,8 +70,27 @@ def test_the_cause_among_those_that_it_took_along(tmp_path: Path, monkeypatch: p
         crashed(tmp_path, rank, LOST_PEER, monkeypatch, step=4)
     ended(tmp_path, *(RankEnd(rank, 1) for rank in (0, 2, 3)), RankEnd(1, -9, 1))
     found = cause(tmp_path, [RankEnd.from_record(each) for each in failures.ends(tmp_path, JOB.start, WORLD)], JOB, 137)
-    assert found.cause.startswith("rank 1 was killed by SIGKILL (out of memory") and found.step == 4
+    assert found.cause.startswith("rank 1 was killed by SIGKILL (out of memory, it seems") and found.step == 4
     assert (found.rank, found.sign, found.status, found.has_stepped) == (1, "SIGKILL", 137, True)
+
+
+def test_the_cause_is_who_fell_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the lowest rank, and not one that NCCL's watchdog has aborted."""
+
+    def told() -> str:
+        ends = [RankEnd.from_record(each) for each in failures.ends(tmp_path, JOB.start, WORLD)]
+        return cause(tmp_path, ends, JOB, 134).cause
+
+    ended(tmp_path, RankEnd(1, -6))  # its clock may be wrong
+    crashed(tmp_path, 3, ValueError("no"), monkeypatch, step=6)
+    time.sleep(0.01)
+    crashed(tmp_path, 0, RuntimeError("something of NCCL"), monkeypatch, step=6)
+    ended(tmp_path, RankEnd(0, 1))
+    time.sleep(0.01)
+    ended(tmp_path, RankEnd(3, 1), RankEnd(2, -11))
+    assert told() == "rank 3: ValueError: no", "its exception was first, though its process ended later"
+    ended(tmp_path, RankEnd(0, 2))
+    assert told() == "rank 0 says why", "a mistake of the user"
 
 
 def test_a_rank_that_was_told_to_end_is_no_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +108,15 @@ def test_a_lost_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = cause(tmp_path, [RankEnd(0, 1), RankEnd(1, 1)], JOB, 137)
     assert found.cause == ("ranks 2, 3 (node1) left without a word: the node is lost, or all of the task was killed")
     assert (found.sign, found.step, found.has_stepped) == ("lost", 4, True)
+
+
+def test_srun_could_not_start_a_rank(tmp_path: Path) -> None:
+    """An image that is not there, say."""
+    steps(tmp_path, 9)
+    failures.write_json(failures.place_file(tmp_path, 1), {"start": "earlier", "host": "node0"})
+    found = cause(tmp_path, [], JOB, 1)
+    assert told(found) == "the ranks never began, srun ended with status 1: see its lines above"
+    assert (found.rank, found.step, found.has_stepped) == (None, 0, False)
 
 
 def test_nobody_says_why(tmp_path: Path) -> None:
@@ -181,6 +211,66 @@ def test_rank_0_has_saved_whatever_the_others_end_with(config: Config, slurm: li
     ended(Path(config.run.dir), RankEnd(0, COME_BACK), RankEnd(1, -9))
     assert end(config, JOB, 137) == COME_BACK
     assert slurm == [("requeue", "7")]
+
+
+def test_a_run_that_was_told_to_stop_is_saved_and_not_done(
+    config: Config, slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """scancel --signal=TERM, say. Neither a failure nor COMPLETED."""
+    ended(Path(config.run.dir), RankEnd(0, STOPPED), RankEnd(1, -9))
+    assert end(config, JOB, 137) == STOPPED and not slurm
+    assert "not queued again: a signal has stopped the run" in capsys.readouterr().err
+    assert not (Path(config.run.dir) / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("preempted", "requeue", "calls"),
+    [("2026-11-22T19:00:00", True, 1), ("2026-11-22T19:00:00", False, 0), ("0", True, 0)],
+)
+def test_preempted_with_a_grace_time(
+    config: Config, monkeypatch: pytest.MonkeyPatch, preempted: str, requeue: bool, calls: int
+) -> None:
+    """To Slurm a job that ends within it has ended well, by itself."""
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*arguments: str) -> str:
+        asked.append(arguments)
+        return f"JobId=7 JobState=RUNNING PreemptTime={preempted}"
+
+    monkeypatch.setattr(job_end, "scontrol", answer)
+    again = replace(config, cluster=replace(config.cluster, requeue=requeue))
+    assert end(again, JOB, STOPPED) == STOPPED
+    assert asked.count(("requeue", "7")) == calls
+
+
+@pytest.mark.parametrize(
+    ("answers", "tries"),
+    [
+        (["Unable to contact slurm controller (connect failure)"] * 2, 3),
+        (["Unable to contact slurm controller (connect failure)"] * 9, 7),
+        (["Requested operation is presently disabled for job 7"] * 9, 1),
+    ],
+)
+def test_a_controller_that_is_away_is_waited_for(
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answers: list[str],
+    tries: int,
+) -> None:
+    waits, asked, left = list[float](), list[tuple[str, ...]](), list(answers)
+
+    def answer(*arguments: str) -> str:
+        asked.append(arguments)
+        if left:
+            raise UserError(f"scontrol requeue 7: {left.pop()}")
+        return ""
+
+    monkeypatch.setattr(job_end, "scontrol", answer)
+    monkeypatch.setattr(job_end.time, "sleep", waits.append)
+    assert end(config, JOB, COME_BACK) == COME_BACK
+    assert asked == [("requeue", "7")] * tries and len(waits) == tries - 1
+    assert ("error: the job is not queued again" in capsys.readouterr().err) == bool(left)
 
 
 def test_a_hang(config: Config, slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,10 +45,14 @@ def test_a_launch_beside_a_run(tmp_path: Path) -> None:
 def test_a_run_beside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless the other one is an earlier start of the same job, on a node that is lost: its lock may outlast it."""
     monkeypatch.setenv("SLURM_JOB_ID", "71")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     with rank_0(tmp_path):
-        train_alone(tmp_path)
-        for other in ("7", "1"):
-            monkeypatch.setenv("SLURM_JOB_ID", other)
-            with pytest.raises(UserError, match="Slurm job 71"):
+        for job, start in (("71", "2"), ("71", "1"), ("7", "3"), ("1", "3")):
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            monkeypatch.setenv("SLURM_RESTART_COUNT", start)
+            with pytest.raises(UserError, match="Slurm job 71, start 2"):
                 train_alone(tmp_path)
+        monkeypatch.setenv("SLURM_JOB_ID", "71")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "10")
+        train_alone(tmp_path)
     train_alone(tmp_path)

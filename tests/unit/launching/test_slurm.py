@@ -19,7 +19,7 @@ import pytest
 from bigtrain.config.errors import UserError
 from bigtrain.config.schema import ClusterConfig, Config, RunConfig
 from bigtrain.launching.environment import free_port
-from bigtrain.launching.slurm import partition_problems, refuse_live_job
+from bigtrain.launching.slurm import link, partition_problems, refuse_live_job
 from bigtrain.launching.slurm_script import JOB_END, MEET, Batch, RankTask, sbatch_script
 from tests.unit.config.test_cluster_rules import SITE
 
@@ -241,3 +241,16 @@ def test_a_port_that_is_taken_is_not_given(monkeypatch: pytest.MonkeyPatch) -> N
         expected = ports[-1]
         monkeypatch.setattr(random.SystemRandom, "randrange", lambda *_: ports.pop(0))
         assert free_port() == expected
+
+
+def test_nothing_fails_behind_a_submission(tmp_path: Path) -> None:
+    """Neither a link of an earlier cluster, which gave the number before, nor a folder that takes none."""
+    array = dataclasses.replace(batch(), folder=tmp_path / "sweep" / ".array")
+    run_dir, submission = tmp_path / "sweep" / "lr-1", "7_0_submission.sh"
+    own = run_dir / "logs" / "slurm"
+    own.mkdir(parents=True)
+    (own / submission).symlink_to("/elsewhere")
+    link(array, run_dir, "7_0")
+    assert os.readlink(own / submission) == "../../../.array/7_submission.sh"
+    (tmp_path / "file").touch()
+    link(array, tmp_path / "file", "7_1")

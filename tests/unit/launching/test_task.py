@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.config.status import HUNG
+from bigtrain.config.status import HUNG, STOPPED
 from bigtrain.launching.environment import Place
 from bigtrain.launching.failure import RankEnd
 from bigtrain.launching.task import place_of
@@ -70,6 +70,17 @@ def test_a_failure_waits_for_the_other_ranks(tmp_path: Path) -> None:
         task.wait(1.5)
     failures.write_end(tmp_path, 0, START, {})
     assert task.wait(5) == 1
+
+
+def test_rank_0_that_was_told_to_stop_waits_for_the_others_too(tmp_path: Path) -> None:
+    """Its status is no failure, and Slurm would kill them all the same."""
+    task = started(tmp_path, sys.executable, "-c", LISTENS.replace("sys.exit(3)", f"sys.exit({STOPPED})"))
+    ready(task)
+    task.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        task.wait(1.5)
+    failures.write_end(tmp_path, 0, START, {})
+    assert task.wait(5) == STOPPED
 
 
 def test_slurms_signals_reach_the_rank(tmp_path: Path) -> None:

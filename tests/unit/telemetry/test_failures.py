@@ -56,6 +56,12 @@ def test_a_crash_has_its_first_line_and_its_traceback(tmp_path: Path) -> None:
     ("error", "is_peer"),
     [
         (RuntimeError("[../gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:4321"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc] Read error [10.0.0.2]:3: Connection timed out"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc] Read error [10.0.0.2]:3: No route to host"), True),
+        (RuntimeError("[pair.cc:78] Timed out waiting 1800000ms for recv operation to complete"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("NCCL error in: x, unhandled system error (run with NCCL_DEBUG=INFO for details)"), True),
+        (RuntimeError("Timed out after 1801 seconds waiting for clients. 3/4 clients joined."), True),
         (RuntimeError("[pair.cc:553] Read error [127.0.0.1]:1234: Connection reset by peer"), True),
         (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
         (dist.DistNetworkError("failed to recv, got 0 bytes"), True),
