@@ -1,7 +1,7 @@
 """A copy of what a rank owns in host memory, so that training goes on while it is written.
 
 The memory is taken once, in the first save, and used again: as many bytes as the rank owns, 12 a parameter with Adam.
-On a GPU it is pinned, so the copies run at the speed of the bus.
+On a GPU it is pinned, so the copies run at the speed of the bus, and may be up to twice as much.
 """
 
 from __future__ import annotations
@@ -89,6 +89,17 @@ def _copy_on_host(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def room(fragments: Iterable[Fragment]) -> int:
     """Bytes that a copy of these takes: of those that the rank owns."""
     return sum(_room(flat) for fragment in fragments if fragment.owned for flat in fragment.tensors.values())
+
+
+def room_on_host(fragments: Iterable[Fragment]) -> int:
+    """Bytes that the machine gives for that copy."""
+    every = list(fragments)
+    return allocated_bytes(room(every), is_pinned=_device_of(every).type == "cuda")
+
+
+def allocated_bytes(num_bytes: int, *, is_pinned: bool) -> int:
+    """Pinned memory comes in powers of two (torch 2.13, ATen/core/CachingHostAllocator.h)."""
+    return 1 << (num_bytes - 1).bit_length() if is_pinned and num_bytes else num_bytes
 
 
 def _room(flat: torch.Tensor) -> int:

@@ -26,7 +26,7 @@ from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import store
 from bigtrain.checkpoint.manifest import DamagedCheckpoint
 from bigtrain.checkpoint.slices import Fragment
-from bigtrain.checkpoint.snapshot import Snapshot, room
+from bigtrain.checkpoint.snapshot import Snapshot, room_on_host
 from bigtrain.config import frozen
 from bigtrain.config.derive import collective_timeout_s
 from bigtrain.config.errors import UserError
@@ -121,7 +121,7 @@ class Saver:
         if not self._is_async:
             return ""
         fragments = engine_state.fragments(engine)
-        needed, free = room(fragments), free_host_bytes()
+        needed, free = room_on_host(fragments), free_host_bytes()
         fits = needed <= SHARE_OF_FREE_MEMORY * free
         if fits:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from bigtrain.checkpoint import snapshot
@@ -31,6 +32,19 @@ def test_memory_is_taken_once() -> None:
 def test_memory_is_there_before_the_first_copy() -> None:
     memory, fragments = snapshot.Snapshot(), [Fragment(Shard("a", (100,)), 0, {"weight": torch.randn(100)}, True)]
     memory.reserve(fragments)
-    assert memory.num_bytes == snapshot.room(fragments) == 448
+    assert memory.num_bytes == snapshot.room(fragments) == snapshot.room_on_host(fragments) == 448
     place = memory._memory.data_ptr()
     assert memory.take(fragments)[0].tensors["weight"].data_ptr() == place
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "pinned"), [(0, 0), (64, 64), (65, 128), (33 << 30, 64 << 30), (64 << 30, 64 << 30)]
+)
+def test_pinned_memory_comes_in_powers_of_two(num_bytes: int, pinned: int) -> None:
+    assert snapshot.allocated_bytes(num_bytes, is_pinned=True) == pinned
+    assert snapshot.allocated_bytes(num_bytes, is_pinned=False) == num_bytes
+
+
+def test_memory_for_a_copy_of_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_device_of", lambda fragments: torch.device("cuda"))
+    assert snapshot.room_on_host([Fragment(Shard("a", (100,)), 0, {"weight": torch.randn(100)}, True)]) == 512
