@@ -20,7 +20,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import load
 from bigtrain.config.status import COME_BACK, CRASHED, STOPPED, USER_ERROR
 from bigtrain.config.vendors import check_versions
-from bigtrain.launching.lock import train_alone
+from bigtrain.launching.lock import train_alone, train_beside
 from bigtrain.telemetry import failures
 from bigtrain.telemetry.console import Console
 from bigtrain.trainer.watchdog import Watchdog
@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> int:
         config = load(run_dir)
         if rank == 0:
             train_alone(run_dir)
+        else:
+            train_beside(run_dir)
         watchdog = Watchdog(config.watchdog)
         watchdog.start(run_dir, rank=rank, world=world)
         console = Console(enabled=rank == 0, log_interval=config.tracker.log_interval)

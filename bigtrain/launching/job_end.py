@@ -80,7 +80,8 @@ def end(config: Config, job: Job, status: int) -> int:
         return STOPPED
     found = cause(run_dir, ends, job, status)
     failed = [*_kept(run_dir, job.id), found]
-    _keep(run_dir, job.id, failed)
+    if found.kind != "user":  # it may be that another job trains in the folder, which keeps its own there
+        _keep(run_dir, job.id, failed)
     why_not = refused(failed, cluster.max_restarts, has_trained=failure.has_trained(run_dir))
     why_not = why_not or ("" if cluster.requeue else "cluster.requeue=false")
     if found.kind == "crash":

@@ -21,6 +21,8 @@ TRAINS = ".trains"
 """File in the run's folder that its rank 0 holds, wherever that runs and whoever started it."""
 _PROBES_S = 2.0
 """For longer than this no launch that only looks holds TRAINS."""
+_SIGNS_S = 5.0
+"""So long rank 0 may take to have TRAINS with its name in it."""
 
 
 @contextlib.contextmanager
@@ -63,6 +65,27 @@ def train_alone(run_dir: Path) -> None:
     _sign(file, f"process {os.getpid()} on {socket.gethostname()}{_job()}")
 
 
+def train_beside(run_dir: Path) -> None:
+    """Of a rank other than 0, ahead of all that it writes: it would spoil what a live run keeps of itself. Raises
+    UserError where rank 0 of another Slurm job holds RUN/.trains, as ours will.
+
+    Ours writes its name there at once, as a rule. Until then only the name is looked at: many ranks that look at the
+    lock would keep it from rank 0."""
+    job, deadline = os.environ.get("SLURM_JOB_ID"), time.monotonic() + _SIGNS_S
+    while job and (holder := _last_holder(run_dir)) is not None and _job_of(holder) not in (None, job):
+        if time.monotonic() > deadline:
+            return _refuse_live_run(run_dir)
+        time.sleep(0.1)
+
+
+def _last_holder(run_dir: Path) -> str | None:
+    """Opened anew each time: only so NFS asks its server for what another machine has written."""
+    try:
+        return (run_dir / TRAINS).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
 def _refuse_live_run(run_dir: Path) -> None:
     try:
         file = os.open(run_dir / TRAINS, os.O_RDONLY)
@@ -91,6 +114,11 @@ def _job() -> str:
 def _start() -> int:
     """Slurm counts the starts of a job, from 0."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _job_of(holder: str) -> str | None:
+    found = re.search(r", Slurm job ([^,\s]+)", holder)
+    return None if found is None else found[1]
 
 
 def _is_earlier(holder: str) -> bool:

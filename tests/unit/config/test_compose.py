@@ -32,7 +32,18 @@ def test_overrides_reach_every_layer() -> None:
     assert config.precision.dtype == "bf16"
 
 
-@pytest.mark.parametrize("group", ["model", "optim", "schedule", "parallel", "precision", "checkpoint", "tracker"])
+@pytest.mark.parametrize(
+    ("name", "non_finite", "spike"),
+    [("off", "off", "off"), ("skip", "skip", "off"), ("rewind", "skip", "rewind"), ("stop", "stop", "stop")],
+)
+def test_what_is_done_where_the_numbers_go_wrong(name: str, non_finite: str, spike: str) -> None:
+    anomaly = compose([f"anomaly={name}"]).anomaly
+    assert (anomaly.non_finite, anomaly.spike) == (non_finite, spike)
+
+
+@pytest.mark.parametrize(
+    "group", ["model", "optim", "schedule", "parallel", "precision", "checkpoint", "anomaly", "tracker"]
+)
 def test_every_preset_composes_and_is_sound(group: str) -> None:
     for name in presets(group):
         config = compose([f"{group}={name}", "cluster.procs_per_node=4", "cluster.device=cpu"])

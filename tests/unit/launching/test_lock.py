@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bigtrain.config.errors import UserError
-from bigtrain.launching.lock import only_launch, train_alone
+from bigtrain.launching.lock import only_launch, train_alone, train_beside
 
 TRAINS = (
     "import sys, time; from pathlib import Path; from bigtrain.launching.lock import train_alone\n"
@@ -56,3 +57,21 @@ def test_a_run_beside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("SLURM_RESTART_COUNT", "10")
         train_alone(tmp_path)
     train_alone(tmp_path)
+
+
+def test_the_other_ranks_of_a_run_beside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused by themselves, ahead of rank 0 perhaps; those of its own job are not."""
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    train_beside(tmp_path)
+    with rank_0(tmp_path):
+        train_beside(tmp_path)
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        with pytest.raises(UserError, match="Slurm job 71"):
+            train_beside(tmp_path)
+    begin = time.monotonic()
+    train_beside(tmp_path)
+    assert time.monotonic() - begin < 8, "the name is an old one, the lock free"
+    with rank_0(tmp_path):
+        begin = time.monotonic()
+        train_beside(tmp_path)
+        assert time.monotonic() - begin < 1, "its own rank 0 has it"
