@@ -125,3 +125,11 @@ def test_a_folder_that_another_user_has_made_is_not_trusted(tmp_path: Path) -> N
         os.chown(folder, 65534, -1, follow_symlinks=False)
         done = Cluster(folder).control("start")
         assert done.returncode == 2 and done.stderr.startswith(f"error: {folder} is of another user, "), done.stderr
+
+
+@pytest.mark.skipif(bool(MISSING), reason=WHY_SKIPPED)
+def test_a_folder_with_other_files_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    done = Cluster(tmp_path).control("start")
+    assert done.returncode == 2 and "has files that are not a cluster's" in done.stderr
+    assert (tmp_path / "thesis.txt").exists()
