@@ -55,6 +55,7 @@ class Training:
             ahead = [window.to_dict() for window in windows if window.first >= position.cursor.num_sequences]
             if ahead:
                 self.recorder.go_back(position.step, ahead)
+                self.guard.skips = 0  # of a save that a stop forced amid skips: what comes next is other data
             begin = Begin(position.step, position.cursor.num_sequences)
             batches = peers.agreed(self.data.batches(position.cursor, windows), self.runtime, self.data.order.allow)
             with (

@@ -190,6 +190,18 @@ def test_killed_in_the_middle_of_it(pool: PoolFactory, data: Path, never_saw: An
     check(tmp_path / "run", expected, [(BACK * SIZE, BAD.stop)])
 
 
+def test_back_to_a_save_amid_skips(pool: PoolFactory, data: Path, tmp_path: Path) -> None:
+    """The data behind it are passed over, and skips in a row are counted anew: else each bad step would lead back."""
+    run_dir = tmp_path / "run"
+    whole = config(run_dir, data, AnomalyConfig(max_skips=2))
+    assert pool(1).run(train, replace(whole, train=replace(whole.train, stop_after=7)), math.nan) == [""]
+    assert committed(run_dir) == [BACK, 7]
+    assert pool(1).run(train, whole, math.nan) == [""]
+    assert [(each.first, each.end) for each in read(run_dir)] == [(7 * SIZE, 8 * SIZE)]
+    assert [event["step"] for event in records(run_dir, "event") if event["name"] == "skipped"] == [7, 8]
+    assert batches_tool("audit", str(run_dir)).returncode == 0
+
+
 def test_stop_saves_the_state_before_and_goes_on_when_told(pool: PoolFactory, data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     wanted = config(run_dir, data, AnomalyConfig(non_finite="stop"))
