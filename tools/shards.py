@@ -105,13 +105,13 @@ def inspect_command(options: argparse.Namespace) -> int:
 def _inspect_text(tars: TextTars, console: Console, characters: int) -> int:
     """The tars of raw text, and the first document that can be used."""
     counts = [tars.num_documents(tar) for tar in range(len(tars.files))]
-    console.print(f"{tars.name}: {len(tars.files):,} tars of raw text, {tars.size_bytes:,} bytes", markup=False)
+    console.print(f"{tars.name}: {len(tars.files):,} tars of raw text, {tars.size_bytes:,} bytes", markup=False, soft_wrap=True)
     console.print(f"{sum(counts):,} documents; verify tells which of them cannot be used", markup=False)
     for tar, count in enumerate(counts):
         for document in range(tar << 32, (tar << 32) + count):
             with contextlib.suppress(BadDocument):
                 text = tars.text(document)
-                console.print(f"{tars.files[tar]}, sample {tars.describe(document)[0]}:", markup=False)
+                console.print(f"{tars.files[tar]}, sample {tars.describe(document)[0]}:", markup=False, soft_wrap=True)
                 console.print(text[:characters], markup=False, highlight=False, style="dim")
                 return 0
     return 0

@@ -330,7 +330,7 @@ def test_what_a_step_was_fed_is_shown(whole: Path) -> None:
 
 
 def test_a_finished_run_is_left_as_it_is(interrupted: Interrupted) -> None:
-    before = {path: path.stat().st_mtime_ns for path in interrupted.run_dir.glob("*.*")}
+    before = {path: path.stat().st_mtime_ns for path in interrupted.run_dir.glob("[!.]*.*")}
     attempt = run(frozen.load(interrupted.run_dir))
     assert attempt.status == 0 and f"already finished: {STEPS} steps" in attempt.output, attempt.output
     changed = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
