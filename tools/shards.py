@@ -105,7 +105,8 @@ def inspect_command(options: argparse.Namespace) -> int:
 def _inspect_text(tars: TextTars, console: Console, characters: int) -> int:
     """The tars of raw text, and the first document that can be used."""
     counts = [tars.num_documents(tar) for tar in range(len(tars.files))]
-    console.print(f"{tars.name}: {len(tars.files):,} tars of raw text, {tars.size_bytes:,} bytes", markup=False, soft_wrap=True)
+    what = f"{tars.name}: {len(tars.files):,} tars of raw text, {tars.size_bytes:,} bytes"
+    console.print(what, markup=False, soft_wrap=True)
     console.print(f"{sum(counts):,} documents; verify tells which of them cannot be used", markup=False)
     for tar, count in enumerate(counts):
         for document in range(tar << 32, (tar << 32) + count):
