@@ -21,6 +21,7 @@ import io
 import json
 import re
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ PROMPTED_DTYPE = np.dtype(
     ]
 )
 """Rows of a shard some of whose documents begin with a prompt."""
+_PARSING = threading.Lock()
+"""numpy parses a header with ast.literal_eval, and two threads that do so at once end in a SystemError before Python
+3.11.8: https://github.com/python/cpython/issues/106905"""
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,8 @@ def npy_header(stream: io.BytesIO) -> tuple[np.dtype[Any], tuple[int, ...]]:
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f"it has version {version} of the .npy format, not (1, 0)")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    with _PARSING:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     return dtype, shape
 
 

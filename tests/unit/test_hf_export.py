@@ -279,10 +279,11 @@ print(after_import - before, after_export - before)
 
 @pytest.mark.slow
 def test_memory_is_a_few_tensors(tmp_path: Path) -> None:
-    """115 MB of weights go in and out within a few times the largest tensor, which is 4 MB."""
-    big = dataclasses.replace(LLAMA, num_layers=16, hidden_size=256, ffn_hidden_size=2048)
+    """Four times as many weights of the same shapes go in and out within the same memory, and a few tensors."""
+    small = dataclasses.replace(LLAMA, num_layers=4, hidden_size=256, ffn_hidden_size=2048)
+    large = dataclasses.replace(small, num_layers=16)
     largest = 4 * 2 * 2048 * 256
-    for name, model in (("small", LLAMA), ("large", big)):
+    for name, model in (("small", small), ("large", large)):
         (tmp_path / name).mkdir()
         config = hf_config.to_theirs(model, dtype="fp32", vocab_size=model.vocab_size, bos_id=1, eos_id=2)
         (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -292,5 +293,5 @@ def test_memory_is_a_few_tensors(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     imported, exported = map(int, done.stdout.split())
     assert total > 25 * largest
-    assert 0 < imported < 8 * largest and exported < 8 * largest, f"{imported=} {exported=} {largest=} {total=}"
+    assert max(imported, exported) < 4 * largest, f"{imported=} {exported=} {largest=} {total=}"
     assert (tmp_path / "big.hf" / "model.safetensors").stat().st_size == pytest.approx(total, abs=20_000)
