@@ -44,7 +44,7 @@ from dataclasses import dataclass
 
 from bigtrain.config import arguments
 from bigtrain.config.arguments import Rule
-from bigtrain.config.vendors import check_versions
+from bigtrain.config.vendors import check_versions, importing
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,10 @@ def main(argv: Sequence[str]) -> int:
 def _main(argv: list[str]) -> int:
     given = parse(argv)
     check_versions()
-    from bigtrain.engine.open_model import open_model
-    from bigtrain.launching import ranks
-    from bigtrain.trainer import evaluation
+    with importing():
+        from bigtrain.engine.open_model import open_model
+        from bigtrain.launching import ranks
+        from bigtrain.trainer import evaluation
 
     opened = open_model(given.checkpoint)
     opened.check_tensor(given.tensor)

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 
 from bigtrain.config import arguments
 from bigtrain.config.arguments import Rule
-from bigtrain.config.vendors import check_versions
+from bigtrain.config.vendors import check_versions, importing
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ def main(argv: Sequence[str]) -> int:
 def _main(argv: list[str]) -> int:
     given = parse(argv)
     check_versions()
-    from bigtrain.engine import prompts
-    from bigtrain.engine.open_model import open_model
-    from bigtrain.launching import ranks
+    with importing():
+        from bigtrain.engine import prompts
+        from bigtrain.engine.open_model import open_model
+        from bigtrain.launching import ranks
 
     asked = prompts.read_prompts(given.prompts) if given.prompts else ([prompts.Prompt(given.prompt)], 0)
     prompts.check_out(given.out if not ranks.is_rank() else "")
@@ -106,8 +107,9 @@ def _main(argv: list[str]) -> int:
     ranks.check_gpu(given.device)
     if given.tensor > 1 and not ranks.is_rank():
         return ranks.run("bigtrain.generate", argv, world=given.tensor, device=given.device)
-    from bigtrain.engine.inference import Sampling, load
-    from bigtrain.engine.writing import Writer
+    with importing():
+        from bigtrain.engine.inference import Sampling, load
+        from bigtrain.engine.writing import Writer
 
     writer = Writer(
         load(opened, tensor=given.tensor, device=given.device, dtype=given.dtype),

@@ -19,7 +19,7 @@ from typing import NoReturn
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import load
 from bigtrain.config.status import COME_BACK, CRASHED, STOPPED, USER_ERROR
-from bigtrain.config.vendors import check_versions
+from bigtrain.config.vendors import check_versions, importing
 from bigtrain.launching.lock import train_alone, train_beside
 from bigtrain.telemetry import failures
 from bigtrain.telemetry.console import Console
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         watchdog = Watchdog(config.watchdog)
         watchdog.start(run_dir, rank=rank, world=world)
         console = Console(enabled=rank == 0, log_interval=config.tracker.log_interval)
-        with console.phase("importing torch, DeepSpeed and Megatron"):
+        with console.phase("importing torch, DeepSpeed and Megatron"), importing():
             from bigtrain.trainer.run import run
         stopped_by = run(config, run_dir, console, watchdog)
     except UserError as error:  # often on all ranks alike; the launcher shows it once

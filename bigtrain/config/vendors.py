@@ -4,6 +4,9 @@ The workarounds: `engine/deepspeed_patches.py`, `engine/gather.py` and `distribu
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from bigtrain.config.errors import UserError
@@ -23,3 +26,16 @@ def check_versions() -> None:
                 f"{package} {found} is installed, and bigtrain works around lines of {', '.join(known)}: "
                 f"pip install {package}=={known[-1]}"
             )
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """For the import of torch and the vendors. They make objects by the million and drop few: a garbage collector that
+    looks through them again and again takes a fifth of the time (docs/log.md)."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,7 +1,7 @@
 """How much arithmetic the hardware could do: the denominator of MFU.
 
 For a GPU that the table knows, it is the datasheet's dense figure (no 2:4 sparsity). For anything else, CPUs above
-all, it is measured: the fastest of the matrix products that fit into a fifth of a second.
+all, it is measured: the fastest of the matrix products that fit into a twentieth of a second.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Peak:
     """Where the number is from, for people to read: "datasheet, dense bf16" or "measured GEMM peak, fp32"."""
 
 
-def device_peak(device: torch.device, dtype: torch.dtype, *, ranks_on_machine: int = 1, seconds: float = 0.2) -> Peak:
+def device_peak(device: torch.device, dtype: torch.dtype, *, ranks_on_machine: int = 1, seconds: float = 0.05) -> Peak:
     """The peak of `device` for products of `dtype`, for this rank's part of the machine.
 
     Where it is measured, this takes about `seconds` and uses the threads that torch uses. On a CPU with fewer cores
@@ -62,7 +62,7 @@ def device_peak(device: torch.device, dtype: torch.dtype, *, ranks_on_machine: i
             return known
         sizes, share = (4096, 8192), 1.0
     else:
-        sizes = (512, 1024, 2048)
+        sizes = (512, 1024)
         share = min(1.0, len(os.sched_getaffinity(0)) / (ranks_on_machine * torch.get_num_threads()))
     fastest = max(_measure_gemm(device, dtype, size, seconds / len(sizes)) for size in sizes)
     return Peak(fastest * share, f"measured GEMM peak, {_name(dtype)}")

@@ -7,6 +7,7 @@ vendors' sources are read; nothing of them is imported.
 from __future__ import annotations
 
 import ast
+import gc
 import os
 import re
 import subprocess
@@ -166,6 +167,13 @@ def test_another_version_is_refused(package: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(vendors, "version", lambda name: "99.0" if name == package else real(name))
     with pytest.raises(UserError, match=rf"{package} 99\.0 is installed, .*pip install {package}=={real(package)}"):
         vendors.check_versions()
+
+
+def test_garbage_is_collected_again_behind_an_import() -> None:
+    with pytest.raises(ImportError), vendors.importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("command", ["launch", "train", "generate"])

@@ -6,9 +6,9 @@
 ours  `python -m bigtrain.launch` as a user types it, until the line of step 1 stands in metrics.jsonl. Its data are
       prepared before. The console tells how long each phase took; what is left are two interpreters, the launcher's
       checks, and what is not a phase.
-bare  a script, by torchrun where there are more ranks than one, that imports the same packages (every module of others
-      that a rank of ours has loaded, in the same order), joins the ranks over gloo, and ends there. It trains
-      nothing.
+bare  startup_bare.py, by torchrun where there are more ranks than one: it imports the same packages (every module of
+      others that a rank of ours has loaded, in the same order), joins the ranks over gloo, and trains the first step
+      of the same model, batch and optimizer, written by hand in plain PyTorch.
 
 Each runs in fresh processes, in turn. A ratio is of the same round: their median, and the lowest and highest. Nothing
 else should run on the machine meanwhile.
@@ -26,24 +26,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+
+from bigtrain.config.frozen import load
 
 WANTED = 1.3
 LIMIT_S = 300.0
 SETTINGS = ["model=tiny", "tracker=none", "eval.interval=0", "checkpoint.interval=0", "cluster.device=cpu"]
-BARE = """
-import contextlib, importlib, json, os, sys
-for name in json.load(open(sys.argv[1])):
-    with contextlib.suppress(ImportError):  # what a module makes of others under names of its own
-        importlib.import_module(name)
-import torch.distributed as dist
-if "RANK" not in os.environ:
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-dist.init_process_group("gloo")
-dist.barrier()
-open(sys.argv[2], "a").write("done\\n")
-os._exit(0)
-"""
+OF_TRAIN = ("global_batch_size", "micro_batch_size", "sequence_length", "grad_clip")
+LAST_OF_BARE = "model and first step"
 LISTING = """
 import json, os, sys
 from bigtrain.telemetry.recorder import Recorder
@@ -62,10 +54,10 @@ def main() -> int:
     options = parse()
     with tempfile.TemporaryDirectory(prefix="bench-startup-") as name:
         folder = Path(name)
-        modules = folder / "modules.json"
-        list_modules(folder, modules)
+        job = folder / "job.json"
+        write_job(folder, job)
         for ranks in options.ranks:
-            rounds = [measure(folder, modules, ranks, number) for number in range(options.rounds)]
+            rounds = [measure(folder, job, ranks, number) for number in range(options.rounds)]
             print(table(ranks, rounds), flush=True)
     return 0
 
@@ -82,41 +74,54 @@ def command(folder: Path, name: str, ranks: int, *more: str) -> list[str]:
     return [sys.executable, "-m", "bigtrain.launch", *SETTINGS, *placed, *more]
 
 
-def list_modules(folder: Path, modules: Path) -> None:
-    """The data are prepared, and `modules` gets the modules of others that a rank has loaded by the end of step 1."""
+def write_job(folder: Path, job: Path) -> None:
+    """The data are prepared, and `job` gets what startup_bare.py takes: the modules of others that a rank has loaded by
+    the end of step 1, the model and the batch."""
+    modules = folder / "modules.json"
     subprocess.run(command(folder, "listing", 1, "--freeze"), cwd=folder, check=True, stdout=subprocess.DEVNULL)
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     arguments = [sys.executable, "-c", LISTING, str(folder / "listing"), str(modules)]
     subprocess.run(arguments, cwd=folder, env=os.environ | place, stdout=subprocess.DEVNULL)
     if not modules.exists():
         raise SystemExit("error: no step was trained to list what it imports")
+    config = load(folder / "listing")
+    asked = {
+        "modules": json.loads(modules.read_text(encoding="utf-8")),
+        "model": asdict(config.model),
+        "lr": config.optim.lr,
+        **{name: getattr(config.train, name) for name in OF_TRAIN},
+    }
+    job.write_text(json.dumps(asked), encoding="utf-8")
 
 
-def measure(folder: Path, modules: Path, ranks: int, number: int) -> dict[str, float]:
-    """Seconds of one round: `bare`, `ours`, and the phases of ours by name."""
-    bare = bare_s(folder, modules, ranks)
+def measure(folder: Path, job: Path, ranks: int, number: int) -> dict[str, float]:
+    """Seconds of one round: `bare` and `ours`, with the phases of each by name."""
+    bare, bare_phases = bare_s(folder, job, ranks)
     total, phases = ours_s(folder, f"run-{ranks}-{number}", ranks)
     print(f"{ranks} ranks, round {number + 1}: bare {bare:.2f} s, ours {total:.2f} s", file=sys.stderr)
-    return {"bare": bare, "ours": total, **phases}
+    return {"bare": bare, **{f"bare: {name}": took for name, took in bare_phases.items()}, "ours": total, **phases}
 
 
-def bare_s(folder: Path, modules: Path, ranks: int) -> float:
+def bare_s(folder: Path, job: Path, ranks: int) -> tuple[float, dict[str, float]]:
+    """Seconds until all ranks have done the first step, and of each phase on the slowest rank."""
     done = folder / "done"
     done.unlink(missing_ok=True)
-    script = folder / "bare.py"
-    script.write_text(BARE, encoding="utf-8")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    began = time.perf_counter()
+    began = time.time()
     process = subprocess.Popen(
-        [sys.executable, *torchrun, str(script), str(modules), str(done)],
+        [sys.executable, *torchrun, str(Path(__file__).with_name("startup_bare.py")), str(job), str(done)],
         env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(process, lambda: done.exists() and done.read_text().count("done") == ranks, "the bare script")
-    took = time.perf_counter() - began
+    wait_for(process, lambda: done.exists() and done.read_text().count(LAST_OF_BARE) == ranks, "the bare script")
     process.wait()
-    return took
+    ended: dict[str, float] = {}  # of each phase, on the last rank to get there
+    for line in done.read_text(encoding="utf-8").splitlines():
+        mark = json.loads(line)
+        ended[mark["phase"]] = max(mark["time"], ended.get(mark["phase"], 0.0))
+    spans = zip([began, *ended.values()], ended.items(), strict=False)
+    return max(ended.values()) - began, {name: end - before for before, (name, end) in spans}
 
 
 def ours_s(folder: Path, name: str, ranks: int) -> tuple[float, dict[str, float]]:
@@ -155,7 +160,8 @@ def table(ranks: int, rounds: Sequence[dict[str, float]]) -> str:
     for name in rounds[0]:
         seconds = [each.get(name, 0.0) for each in rounds]
         indent = "  " if name in ("bare", "ours") else "      "
-        rows.append(f"{indent}{statistics.median(seconds):6.2f} ({min(seconds):.2f} to {max(seconds):.2f})  {name}")
+        shown = name.removeprefix("bare: ")
+        rows.append(f"{indent}{statistics.median(seconds):6.2f} ({min(seconds):.2f} to {max(seconds):.2f})  {shown}")
     spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
     rows.append(f"  ours of bare: {statistics.median(ratios):.2f} {spread}; wanted: at most {WANTED}")
     return "\n".join(rows)
