@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib.metadata import PackageNotFoundError, version
 
 from bigtrain.config.errors import UserError
@@ -29,7 +29,7 @@ def check_versions() -> None:
 
 
 @contextlib.contextmanager
-def importing() -> Iterator[None]:
+def importing() -> Generator[None]:
     """For the import of torch and the vendors. They make objects by the million and drop few: a garbage collector that
     looks through them again and again takes a fifth of the time (docs/log.md)."""
     was_on = gc.isenabled()
