@@ -33,8 +33,13 @@ class Key:
     """What a text value may be; empty: anything."""
     words: tuple[str, ...]
     """What may stand in place of a number."""
-    doc: str
-    """The string under the field, on one line; may be empty."""
+    group: type
+    """The dataclass that has it."""
+
+    @property
+    def doc(self) -> str:
+        """The string under the field, on one line; may be empty."""
+        return _field_docs(self.group).get(self.path.rsplit(".", 1)[-1], "")
 
     @property
     def kind(self) -> str:
@@ -107,7 +112,6 @@ def nearest(wrong: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 def _keys_of(cls: type, prefix: str) -> Iterable[Key]:
     hints = typing.get_type_hints(cls)
-    docs = _field_docs(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         path = prefix + public(field.name)
@@ -118,18 +122,19 @@ def _keys_of(cls: type, prefix: str) -> Iterable[Key]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         choices, words = (tuple(field.metadata.get(name, ())) for name in ("choices", "words"))
-        yield Key(path, hint, default, choices, words, docs.get(field.name, ""))
+        yield Key(path, hint, default, choices, words, cls)
 
 
+@functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
-    """The string literal that follows each annotated field of the class's source."""
+    """The string literal that follows each annotated field of the class's source, by what users call it."""
     definition = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0]
     assert isinstance(definition, ast.ClassDef)
     docs: dict[str, str] = {}
     name = ""
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
+            name = public(node.target.id)
         elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             docs[name] = " ".join(str(node.value.value).split())
             name = ""
