@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from bigtrain.checkpoint import folder as folders
+from bigtrain.checkpoint import manifest
 from bigtrain.config.derive import num_steps
+from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.launching.local import Command
 
@@ -70,6 +72,24 @@ def _summary(run_dir: Path) -> dict[str, Any]:
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest committed checkpoint of a run."""
     return folders.newest(run_dir / "checkpoints")
+
+
+def damage(run_dir: Path) -> list[str]:
+    """A warning where files of the newest checkpoint are missing or have another size, or its manifest cannot be read.
+    No other file is opened."""
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
+        return []
+    try:
+        wrong = [f"{name}: {problem}" for name, problem in manifest.misfits(newest, manifest.read(newest)).items()]
+    except UserError as error:
+        wrong = [str(error).removeprefix(f"checkpoint {newest}: ")]
+    except OSError as error:
+        wrong = [f"it cannot be read: {error.strerror}"]
+    verify = f"python tools/checkpoint.py verify {short(newest)}"
+    return (
+        [f"warning: its newest checkpoint is not what was saved: {'; '.join(wrong)}. Look: {verify}"] if wrong else []
+    )
 
 
 def already_finished(config: Config, typed: Sequence[str]) -> list[str]:
