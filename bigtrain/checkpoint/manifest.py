@@ -117,6 +117,16 @@ def misfits(folder: Path, known: Manifest) -> dict[str, str]:
     return found
 
 
+def problems(folder: Path) -> list[str]:
+    """What its manifest and the sizes of its files tell against a committed checkpoint, in words. Raises nothing."""
+    try:
+        return [f"{name}: {problem}" for name, problem in misfits(folder, read(folder)).items()]
+    except UserError as error:
+        return [str(error).removeprefix(f"checkpoint {folder}: ")]
+    except OSError as error:
+        return [f"it cannot be read: {error.strerror}"]
+
+
 def file_of(path: Path, progress: Callable[[int], None] | None = None) -> File:
     """What a file is now. `progress`: is told the bytes that were read since it was last told. Raises OSError."""
     state, size = xxhash.xxh3_64(), 0

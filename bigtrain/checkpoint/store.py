@@ -168,7 +168,7 @@ def _look(
     is_first = not dist.is_initialized() or dist.get_rank() == 0  # there is a file a rank: not all ask for all
     if misfits := manifest.misfits(folder, known) if every_file and is_first else {}:
         told, *others = [f"{name}: {problem}" for name, problem in misfits.items()]
-        more = f", and {len(others)} more files" if others else ""
+        more = f", and {len(others)} more" if others else ""
         raise DamagedCheckpoint(f"checkpoint {folder}: {told}{more}")
     return state, expected
 

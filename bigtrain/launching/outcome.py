@@ -13,7 +13,6 @@ from typing import Any, cast
 from bigtrain.checkpoint import folder as folders
 from bigtrain.checkpoint import manifest
 from bigtrain.config.derive import num_steps
-from bigtrain.config.errors import UserError
 from bigtrain.config.schema import Config
 from bigtrain.launching.local import Command
 
@@ -75,21 +74,12 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def damage(run_dir: Path) -> list[str]:
-    """A warning where files of the newest checkpoint are missing or have another size, or its manifest cannot be read.
-    No other file is opened."""
+    """A warning where the newest checkpoint is not what was saved, as far as `manifest.problems` sees."""
     newest = newest_checkpoint(run_dir)
-    if newest is None:
+    if newest is None or not (wrong := manifest.problems(newest)):
         return []
-    try:
-        wrong = [f"{name}: {problem}" for name, problem in manifest.misfits(newest, manifest.read(newest)).items()]
-    except UserError as error:
-        wrong = [str(error).removeprefix(f"checkpoint {newest}: ")]
-    except OSError as error:
-        wrong = [f"it cannot be read: {error.strerror}"]
     verify = f"python tools/checkpoint.py verify {short(newest)}"
-    return (
-        [f"warning: its newest checkpoint is not what was saved: {'; '.join(wrong)}. Look: {verify}"] if wrong else []
-    )
+    return [f"warning: its newest checkpoint is not what was saved: {'; '.join(wrong)}. Look: {verify}"]
 
 
 def already_finished(config: Config, typed: Sequence[str]) -> list[str]:
