@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from bigtrain import config as configs
+from bigtrain.config import memory_plan
 from bigtrain.config.check import Problem, check
 from bigtrain.config.compose import as_hydra_takes, compose, conf_dir
-from bigtrain.config.derive import derive, describe, world_size
+from bigtrain.config.derive import world_size
 from bigtrain.config.errors import UserError
 from bigtrain.config.help import help_text, keys_text
 from bigtrain.config.schema import Config
@@ -28,7 +29,7 @@ from bigtrain.config.vendors import check_versions
 from bigtrain.launching import attempts, init_from, local, machine, outcome, slurm, sweep
 from bigtrain.launching.code_copy import CODE, copy_code
 from bigtrain.launching.lock import only_launch
-from bigtrain.launching.plan import plan, prepare_command
+from bigtrain.launching.plan import numbers, plan, prepare_command
 from bigtrain.launching.preflight import preflight
 from bigtrain.launching.slurm_script import Batch
 from bigtrain.launching.sweep import Sweep
@@ -108,7 +109,7 @@ def launch(config: Config, arguments: Arguments, *, began: float) -> int:
     with only_launch(Path(config.run.dir)):
         finished = outcome.already_finished(config, arguments.settings)
         if finished and not arguments.freeze:
-            print("\n".join(finished))
+            print("\n".join([*outcome.damage(Path(config.run.dir)), *finished]))
             return 0
         _freeze(config)
         if arguments.freeze or config.cluster.kind == "slurm":
@@ -172,7 +173,9 @@ def _one_by_one(found: Sweep) -> int:
 
 def _problems(config: Config) -> list[Problem]:
     prepared = not config.data.prepare.inputs
-    return [*check(config, world_size(config)), *preflight(config, prepared=prepared)]
+    found = check(config, world_size(config))
+    memory = [] if found else memory_plan.problems(config, machine.room(config))  # its formula wants a sound layout
+    return [*found, *preflight(config, prepared=prepared), *memory]
 
 
 def _freeze(config: Config) -> None:
@@ -181,7 +184,7 @@ def _freeze(config: Config) -> None:
 
 
 def _prepare(config: Config) -> int:
-    print(f"run {config.run.name}\n" + "\n".join(describe(derive(config, world_size(config)))), flush=True)
+    print(f"run {config.run.name}\n" + "\n".join(numbers(config)), flush=True)
     status = local.run([prepare_command(config)])
     if not status:
         _refuse(preflight(config, prepared=True))

@@ -104,10 +104,8 @@ def describe(folder: Path) -> Description:
             known = manifest.read(folder)
         except UserError as error:
             problems.append(str(error))
-    misfits = (
-        {name: manifest.size_problem(file, files.get(name)) for name, file in known.files.items()} if known else {}
-    )
-    problems += [f"checkpoint {folder}: {name}: {problem}" for name, problem in misfits.items() if problem]
+    misfits = manifest.misfits(folder, known) if known else {}
+    problems += [f"checkpoint {folder}: {name}: {problem}" for name, problem in misfits.items()]
     try:
         state = folders.state_of(folder)
     except UserError as error:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import xxhash
@@ -99,6 +100,31 @@ def size_problem(expected: File, found_bytes: int | None) -> str:
     if found_bytes is None:
         return f"the file is missing, {wanted}"
     return "" if found_bytes == expected.size_bytes else f"it has {found_bytes:,} bytes, {wanted}"
+
+
+def misfits(folder: Path, known: Manifest) -> dict[str, str]:
+    """Files that are missing or have another size than they had, and what to say of each. Opens none. Raises OSError
+    where the disk does not tell."""
+    found: dict[str, str] = {}
+    for name, expected in known.files.items():
+        try:
+            status = (folder / name).stat()
+            found_bytes = status.st_size if S_ISREG(status.st_mode) else None
+        except FileNotFoundError:
+            found_bytes = None
+        if problem := size_problem(expected, found_bytes):
+            found[name] = problem
+    return found
+
+
+def problems(folder: Path) -> list[str]:
+    """What its manifest and the sizes of its files tell against a committed checkpoint, in words. Raises nothing."""
+    try:
+        return [f"{name}: {problem}" for name, problem in misfits(folder, read(folder)).items()]
+    except UserError as error:
+        return [str(error).removeprefix(f"checkpoint {folder}: ")]
+    except OSError as error:
+        return [f"it cannot be read: {error.strerror}"]
 
 
 def file_of(path: Path, progress: Callable[[int], None] | None = None) -> File:

@@ -121,6 +121,7 @@ _RANGES: tuple[tuple[str, str, float], ...] = (
     ("train.stop_after", ">=", 1),
     ("data.max_bad_fraction", "<", 1),
     ("cluster.mtbf_h", ">", 0),
+    ("cluster.device_memory_gib", ">", 0),
     ("anomaly.window", ">=", 4),
     ("anomaly.threshold", ">", 0),
     ("parallel.zero_stage", "<=", 3),

@@ -21,6 +21,9 @@ class ClusterConfig:
     """Ranks a node. 0: as many as there are GPUs, or 4 on a machine without (local only)."""
     device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
     """auto: GPUs where there are any."""
+    device_memory_gib: float | None = None
+    """GiB that each GPU has, such as 80; with device=cpu each node. A run whose weights, gradients and optimizer state
+    take more is refused. null: as found on this machine; on Slurm memory with device=cpu, and nothing of GPUs."""
     partition: str | None = None
     """Slurm's partition; several with commas between: whichever starts first."""
     account: str | None = None

@@ -233,3 +233,10 @@ def time_limit_minutes(text: str) -> int | None:
         hours, (minutes, seconds) = 0, (*fields, 0)[:2]
     total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
     return -(-total // 60) or None
+
+
+def memory_bytes(text: str) -> int | None:
+    """Bytes of one of Slurm's forms (megabytes, or a number with K, M, G or T); None for 0, all of a node, and for what
+    is none."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)", text)
+    return int(match[1]) << {"K": 10, "M": 20, "": 20, "G": 30, "T": 40}[match[2]] or None if match else None

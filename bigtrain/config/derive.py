@@ -258,16 +258,20 @@ def describe(derived: Derived) -> list[str]:
         ("layout", f"{d.world} ranks = tensor {d.tensor} x pipeline {d.pipeline} x data {d.data}"),
         *([("layers a stage", spread)] if d.pipeline > 1 else []),
         ("parameters", f"{d.num_parameters:,} ({d.num_parameters / 1e6:,.1f} M)"),
-        ("model", f"{_size(d.model_bytes)} of weights"),
+        ("model", f"{with_unit(d.model_bytes)} of weights"),
         ("tokens a microbatch", f"{d.num_tokens_per_microbatch:,} tokens a rank"),
         ("accumulation", f"{d.num_microbatches:,} microbatches a rank a step"),
         ("tokens a step", f"{d.num_tokens_per_step:,} tokens"),
         ("steps", f"{d.num_steps:,} steps"),
         ("tokens in total", f"{d.num_tokens:,} tokens"),
-        ("weights", f"{_size(d.weight_bytes_per_rank)} a rank"),
-        *([("gathered weights", f"{_size(gathered)} a rank more where they are kept for a step")] if gathered else []),
-        ("gradients", f"{_size(d.gradient_bytes_per_rank)} a rank before the update"),
-        ("optimizer", f"{_size(d.optimizer_bytes_per_rank)} a rank"),
+        ("weights", f"{with_unit(d.weight_bytes_per_rank)} a rank"),
+        *(
+            [("gathered weights", f"{with_unit(gathered)} a rank more where they are kept for a step")]
+            if gathered
+            else []
+        ),
+        ("gradients", f"{with_unit(d.gradient_bytes_per_rank)} a rank before the update"),
+        ("optimizer", f"{with_unit(d.optimizer_bytes_per_rank)} a rank"),
         (
             "compute",
             f"{d.flops_per_token / 1e9:,.3f} GFLOP a token, {d.flops_per_token * d.num_tokens:.3g} FLOP in all",
@@ -276,7 +280,7 @@ def describe(derived: Derived) -> list[str]:
     return [f"{name:<20} {value}" for name, value in rows]
 
 
-def _size(count: int) -> str:
+def with_unit(count: int) -> str:
     """Bytes with the unit that a person would choose, and exactly."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):

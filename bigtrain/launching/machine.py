@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import shutil
@@ -11,7 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from bigtrain.config import locations
+from bigtrain.config.cluster_rules import memory_bytes
+from bigtrain.config.memory_plan import Room
 from bigtrain.config.schema import Config, SourceConfig
+from bigtrain.distributed.host_memory import host_bytes
 
 CPU_RANKS = 4
 """Ranks on a machine without a GPU, where cluster.procs_per_node does not say."""
@@ -43,6 +47,26 @@ def torch_is_cpu_build() -> bool:
         return importlib.metadata.version("torch").endswith("+cpu")
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+def room(config: Config) -> Room | None:
+    """What the devices of a resolved config have, as far as it can be known from here; None where it cannot."""
+    cluster = config.cluster
+    is_shared = cluster.device == "cpu"
+    if cluster.device_memory_gib is not None:
+        whose = "a machine" if is_shared else "a GPU"
+        return Room(int(cluster.device_memory_gib * 2**30), is_shared, f"{whose} (cluster.device_memory_gib)")
+    if cluster.kind == "slurm":
+        size = memory_bytes(cluster.memory or "") if is_shared else None
+        return None if size is None else Room(size, True, "a machine (cluster.memory)")
+    if is_shared:
+        return Room(host_bytes(), True, "this machine")
+    sizes = sorted(_gpu_bytes(shutil.which("nvidia-smi")), reverse=True)
+    ranks = cluster.procs_per_node
+    if len(sizes) < ranks:
+        return None
+    # whichever of several kinds of GPU the ranks get, one rank has no larger one than this
+    return Room(sizes[ranks - 1], False, "a GPU of this machine (nvidia-smi)")
 
 
 def resolve(config: Config, *, cwd: Path, num_gpus: int | None = None) -> Config:
@@ -110,3 +134,15 @@ def _gpus_of_driver() -> int:
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+@functools.cache
+def _gpu_bytes(tool: str | None) -> tuple[int, ...]:
+    """Memory of each GPU, as `tool` (nvidia-smi) says; none where it does not. Not yet run on a GPU."""
+    command = [str(tool), "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # in MiB
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False) if tool else None
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    lines = listed.stdout.splitlines() if listed and not listed.returncode else []
+    return tuple(int(line) << 20 for line in lines) if all(line.strip().isdigit() for line in lines) else ()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bigtrain.checkpoint import folder as folders
+from bigtrain.checkpoint import manifest
 from bigtrain.config.derive import num_steps
 from bigtrain.config.schema import Config
 from bigtrain.launching.local import Command
@@ -70,6 +71,15 @@ def _summary(run_dir: Path) -> dict[str, Any]:
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest committed checkpoint of a run."""
     return folders.newest(run_dir / "checkpoints")
+
+
+def damage(run_dir: Path) -> list[str]:
+    """A warning where the newest checkpoint is not what was saved, as far as `manifest.problems` sees."""
+    newest = newest_checkpoint(run_dir)
+    if newest is None or not (wrong := manifest.problems(newest)):
+        return []
+    verify = f"python tools/checkpoint.py verify {short(newest)}"
+    return [f"warning: its newest checkpoint is not what was saved: {'; '.join(wrong)}. Look: {verify}"]
 
 
 def already_finished(config: Config, typed: Sequence[str]) -> list[str]:

@@ -7,10 +7,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from bigtrain.config import epochs, locations
+from bigtrain.config import epochs, locations, memory_plan
 from bigtrain.config.derive import derive, describe, num_steps, tokens_per_step, world_size
 from bigtrain.config.schema import Config
-from bigtrain.launching import init_from
+from bigtrain.launching import init_from, machine
 from bigtrain.launching.local import Command, rank_commands
 from bigtrain.launching.preflight import totals_of
 from bigtrain.launching.slurm_script import Batch, sbatch_script
@@ -30,7 +30,7 @@ def plan(config: Config, batch: Batch | None = None) -> str:
         f"ZeRO-{config.parallel.zero_stage}, on {config.cluster.device}",
         f"{'run folder':<20} {config.run.dir}",
         *([f"{'weights from':<20} {config.checkpoint.init_from}"] if init_from.is_used(config) else []),
-        *describe(derive(config, world_size(config))),
+        *numbers(config),
         *_epochs(config),
         "",
     ]
@@ -45,6 +45,11 @@ def plan(config: Config, batch: Batch | None = None) -> str:
     else:
         lines += _local(rank_commands(config, port=0))
     return "\n".join([*lines, "", "dry run: nothing was started or written."])
+
+
+def numbers(config: Config) -> list[str]:
+    """Every number that follows from a config that is resolved and sound, a line each, and the memory plan."""
+    return [*describe(derive(config, world_size(config))), *memory_plan.told(config, machine.room(config))]
 
 
 def _epochs(config: Config) -> list[str]:

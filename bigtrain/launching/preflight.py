@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from bigtrain import config as configs
 from bigtrain.checkpoint import folder as folders
+from bigtrain.checkpoint import manifest
 from bigtrain.config import keys, locations
 from bigtrain.config.check import Problem, get
 from bigtrain.config.errors import UserError
@@ -110,7 +111,8 @@ def _resume(config: Config) -> Iterator[Problem]:
     if resume in ("auto", "never") or own or "://" in resume:
         return
     try:
-        state = folders.state_of(folders.resolve(Path(resume)))
+        found, *older = folders.candidates(Path(resume))
+        state = folders.state_of(found)
     except UserError as error:
         message = str(error).removeprefix(f"checkpoint {resume}: ").rstrip(".")
         yield Problem("checkpoint.resume", resume, message, "Write auto, never or the folder of a checkpoint")
@@ -118,8 +120,11 @@ def _resume(config: Config) -> Iterator[Problem]:
     if state.get("weights_only"):
         message = "it has weights only, and no place in the data"
         yield Problem("checkpoint.resume", resume, message, "Set checkpoint.init_from instead")
-    elif found := difference(config, state.get("config", {})):
-        key, saved, wanted = found
+    elif not older and (wrong := manifest.problems(found)):  # of a run the ranks take an older one
+        message = f"it is not what was saved: {'; '.join(wrong)}"
+        yield Problem("checkpoint.resume", resume, message, "Put the file back, or name another checkpoint")
+    elif changed := difference(config, state.get("config", {})):
+        key, saved, wanted = changed
         message = f"it is of another run: {key} is {saved} there, {wanted} here"
         yield Problem("checkpoint.resume", resume, message, f"Set {key}={saved}")
 

@@ -19,7 +19,7 @@ from bigtrain.config.schema import Config
 from bigtrain.config.sweep import Point
 from bigtrain.launching import init_from
 from bigtrain.launching.code_copy import CODE, copy_code, link_code, same_code
-from bigtrain.launching.outcome import already_finished, short
+from bigtrain.launching.outcome import already_finished, damage, short
 from bigtrain.launching.slurm import QueuedJob
 from bigtrain.launching.slurm_script import Batch
 
@@ -97,7 +97,7 @@ def open_runs(sweep: Sweep, queue: Sequence[QueuedJob]) -> tuple[Sweep, list[str
         if job is not None:
             told.append(f"{short(run.run_dir)}: job {job.name} ({job.state}) is in the queue")
         elif already_finished(run.config, ()):
-            told.append(f"{short(run.run_dir)}: already finished")
+            told += [f"{short(run.run_dir)}: already finished", *damage(run.run_dir)]
         else:
             left.append(run)
     return replace(sweep, runs=left), told

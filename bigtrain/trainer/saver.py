@@ -33,7 +33,7 @@ from bigtrain.config.errors import UserError
 from bigtrain.config.same_run import difference
 from bigtrain.config.schema import Config
 from bigtrain.data.order import Cursor
-from bigtrain.distributed.memory import free_host_bytes
+from bigtrain.distributed.host_memory import free_host_bytes
 from bigtrain.engine import state as engine_state
 from bigtrain.engine.engine import Engine
 from bigtrain.telemetry.goodput import Clock

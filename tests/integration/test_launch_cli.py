@@ -103,6 +103,22 @@ def test_dry_run_shows_the_script_for_slurm(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_no_gpu_of_the_site_holds_is_refused(tmp_path: Path) -> None:
+    """6.66 G weights on 16 GPUs: 54 GiB with ZeRO-1, 7 GiB with ZeRO-3."""
+    site = ["+cluster=slurm", "model=gpt_7b", "dry_run=true"]
+    said = refused(tmp_path, *site, "parallel.zero_stage=1", "cluster.device_memory_gib=40")
+    assert said == (
+        "error: model.name=gpt_7b: its weights, gradients and optimizer state take 54.3 GiB on each rank (bf16, ZeRO-1 "
+        "over 16 data ranks), activations not counted, and a GPU (cluster.device_memory_gib) has 40.0 GiB. "
+        "Set parallel.zero_stage=2, which takes 18.6 GiB, or choose a smaller model.\n"
+    )
+    for gib, share in ((80, "67.8%"), (56, "96.9%")):
+        shown = launch(tmp_path, *site, "parallel.zero_stage=1", f"cluster.device_memory_gib={gib}")
+        assert f"without activations: {share} of {gib}.0 GiB" in shown.stdout, shown.stderr
+        assert shown.returncode == 0 and ("\nwarning: a GPU (" in shown.stdout) == (gib == 56)
+    assert "what a GPU has is not known: cluster.device_memory_gib" in launch(tmp_path, *site).stdout
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["dry_run=true", CPU], ["+cluster=slurm", "dry_run=true"]])
 def test_a_login_node_imports_no_torch(tmp_path: Path, arguments: list[str]) -> None:
     program = (

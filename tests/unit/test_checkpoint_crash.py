@@ -181,8 +181,13 @@ def cut(path: Path) -> None:
 Damage = Callable[[Path], Any]
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "element": (lambda made: flip(made / "__0_0.distcp", 4000), r"weight\.w is not what was saved: its hash is \w{16}"),
-    "cut file": (lambda made: cut(made / "__0_0.distcp"), r"it cannot be read: .*__0_0\.distcp"),
-    "no file": (lambda made: (made / "__0_0.distcp").unlink(), r"it cannot be read: __0_0\.distcp is missing"),
+    "cut file": (lambda made: cut(made / "__0_0.distcp"), r"__0_0\.distcp: it has 5,000 bytes, manifest\.json"),
+    "no file": (lambda made: (made / "__0_0.distcp").unlink(), r"__0_0\.distcp: the file is missing"),
+    "no tokenizer": (lambda made: (made / "t.model").unlink(), r"t\.model: the file is missing, .* says 6 bytes$"),
+    "all files": (
+        lambda made: [cut(made / "__0_0.distcp"), (made / "t.model").write_bytes(b"")],
+        r"__0_0\.distcp: it has .*, and 1 more$",
+    ),
     "no index": (lambda made: (made / ".metadata").unlink(), r"its index \.metadata cannot be read"),
     "another index": (
         lambda made: (made / ".metadata").write_bytes(b"\x80\x04K\x01."),
@@ -202,11 +207,22 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_damage_is_seen_when_it_is_loaded(tmp_path: Path, damage: Damage, words: str) -> None:
-    save(tmp_path, 1)
+    state = {"format": folders.FORMAT, "step": 1}
+    store.save(tmp_path, 1, fragments(1), state, files={"t.model": b"pieces"})
     made = folders.path_of(tmp_path, 1)
     damage(made)
     with pytest.raises(DamagedCheckpoint, match=words):
         load(made)
+
+
+@pytest.mark.parametrize("damage", ["cut file", "no file"])
+def test_a_file_that_ends_while_it_is_read_is_damage_too(tmp_path: Path, damage: str) -> None:
+    """Who reads the weights alone does not look at sizes first."""
+    save(tmp_path, 1)
+    made = folders.path_of(tmp_path, 1)
+    DAMAGES[damage][0](made)
+    with pytest.raises(DamagedCheckpoint, match=r"it cannot be read: .*__0_0\.distcp"):
+        store.load_weights(made, fragments(0))
 
 
 def test_two_pieces_that_swapped_places_are_seen(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,8 @@ from bigtrain.config.schema import (
 from bigtrain.launching import machine
 from bigtrain.launching.environment import Place, free_port, rank_environment
 from bigtrain.launching.local import rank_commands
+
+GIB = 2**30
 
 
 def resolved(cluster: ClusterConfig, num_gpus: int) -> tuple[str, int]:
@@ -51,6 +54,49 @@ def test_gpus_that_are_visible(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert machine.count_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == count
+
+
+def room_of(**cluster: Any) -> tuple[int, bool, str] | None:
+    found = machine.room(Config(cluster=ClusterConfig(**cluster)))
+    return found and (found.size_bytes, found.is_shared, found.of)
+
+
+@pytest.mark.parametrize(
+    ("says", "ranks", "gib"),
+    [
+        ("echo 81920; echo 24576; echo 81920", 1, 80),
+        ("echo 81920; echo 24576; echo 81920", 2, 80),
+        ("echo 81920; echo 24576; echo 81920", 3, 24),
+        ("echo 81920", 2, None),
+        ("echo 81920; echo '[N/A]'", 1, None),
+        ("echo 81920; exit 9", 1, None),
+        ("", 1, None),
+    ],
+)
+def test_memory_of_the_smallest_gpu_that_a_rank_must_take(
+    says: str, ranks: int, gib: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of nvidia-smi's answer, in MiB. A stand-in for it: not yet run on a GPU."""
+    tool = tmp_path / "nvidia-smi"
+    asked = '"$*" = "--query-gpu=memory.total --format=csv,noheader,nounits"'
+    tool.write_text(f"#!/bin/sh\n[ {asked} ] || exit 3\n{says}\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = room_of(device="cuda", procs_per_node=ranks)
+    assert found == (gib and (gib * GIB, False, "a GPU of this machine (nvidia-smi)"))
+
+
+def test_memory_that_a_setting_or_this_machine_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert room_of(device="cuda", procs_per_node=1) is None
+    assert room_of(device="cuda", device_memory_gib=0.5) == (GIB // 2, False, "a GPU (cluster.device_memory_gib)")
+    assert room_of(device="cpu", device_memory_gib=7) == (7 * GIB, True, "a machine (cluster.device_memory_gib)")
+    monkeypatch.setattr(machine, "host_bytes", lambda: 5)
+    assert room_of(device="cpu", procs_per_node=4) == (5, True, "this machine")
+    slurm: dict[str, Any] = {"kind": "slurm", "procs_per_node": 8}
+    assert room_of(**slurm, device="cpu", memory="480G") == (480 * GIB, True, "a machine (cluster.memory)")
+    for unknown in ({"device": "cpu"}, {"device": "cpu", "memory": "0"}, {"device": "cuda", "memory": "480G"}):
+        assert room_of(**slurm, **unknown) is None
 
 
 def test_paths_are_absolute_from_where_the_command_was_given() -> None:

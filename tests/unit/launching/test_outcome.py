@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.checkpoint import folder as folders
 from bigtrain.config.check import check
 from bigtrain.config.compose import compose
 from bigtrain.config.derive import world_size
 from bigtrain.config.schema import Config
 from bigtrain.launching.machine import resolve
-from bigtrain.launching.outcome import already_finished, generate_command, newest_checkpoint, next_steps, summary
+from bigtrain.launching.outcome import (
+    already_finished,
+    damage,
+    generate_command,
+    newest_checkpoint,
+    next_steps,
+    summary,
+)
 from bigtrain.launching.preflight import differences
 
 FOUND = {
@@ -200,3 +208,23 @@ def test_a_run_that_was_to_stop_goes_on_without_that(tmp_path: Path) -> None:
     said, command = finished(tmp_path, 5, "train.stop_after=5")
     assert "step 5 of 12" in said
     assert run_of(*settings_of(command)).train.stop_after is None
+
+
+def test_a_newest_checkpoint_that_is_damaged_is_told(tmp_path: Path) -> None:
+    assert damage(tmp_path) == []
+    for step in (6, 12):
+        folders.prepare(tmp_path / "checkpoints", step, 0)
+        newest = folders.commit(tmp_path / "checkpoints", step, {}, {"tokenizer.model": b"pieces", "a.json": b"{}"})
+    assert damage(tmp_path) == []
+    (newest / "tokenizer.model").write_bytes(b"piece")
+    (newest / "a.json").unlink()
+    (warning,) = damage(tmp_path)
+    for part in (
+        "tokenizer.model: it has 5 bytes, manifest.json says 6 bytes",
+        "a.json: the file is missing",
+        f"tools/checkpoint.py verify {newest}",
+    ):
+        assert part in warning
+    (newest / "manifest.json").write_text("{}")
+    (warning,) = damage(tmp_path)
+    assert "manifest.json is not the one that was committed" in warning

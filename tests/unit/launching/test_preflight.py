@@ -152,6 +152,17 @@ def test_a_checkpoint_of_another_run_to_resume_from(
     assert len(found) == bool(words) and all(words in text for text in found)
 
 
+def test_a_checkpoint_to_resume_from_that_lost_a_file(config: Config, tmp_path: Path) -> None:
+    """Named by itself. Of a run that has an older one, the ranks take that."""
+    for step in (5, 6):
+        folders.prepare(tmp_path / "checkpoints", step, 0)
+        made = folders.commit(tmp_path / "checkpoints", step, {"format": folders.FORMAT}, {"tokenizer.model": b"t"})
+    (made / "tokenizer.model").unlink()
+    (text,) = texts(changed(config, "checkpoint", resume=str(made)))
+    assert f"checkpoint.resume={made}: " in text and "tokenizer.model: the file is missing" in text
+    assert texts(changed(config, "checkpoint", resume=str(tmp_path))) == []
+
+
 def test_online_tracking_without_a_key(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name, value in (("NETRC", "none"), ("WANDB_CONFIG_DIR", "none"), ("WANDB_API_KEY", "")):

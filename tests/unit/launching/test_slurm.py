@@ -93,6 +93,7 @@ def test_script_asks_for_what_the_config_says() -> None:
         "num_nodes",
         "procs_per_node",
         "device",
+        "device_memory_gib",
         "requeue",
         "max_restarts",
         "mtbf_h",

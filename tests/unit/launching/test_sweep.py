@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.checkpoint import folder as folders
 from bigtrain.config import frozen
 from bigtrain.config.compose import compose
 from bigtrain.config.errors import UserError
@@ -71,14 +72,19 @@ def test_what_is_finished_or_in_the_queue_is_left_out(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     sweep = sweep_of(tmp_path, "run.name=s", "run.seed=1,2,3", "train.num_steps=9", "schedule.warmup_steps=1")
     done, queued, _ = (run.run_dir for run in sweep.runs)
-    (done / "checkpoints" / "step-00000009").mkdir(parents=True)
-    (done / "checkpoints" / "step-00000009" / "COMMITTED").touch()
+    folders.prepare(done / "checkpoints", 9, 0)
+    checkpoint = folders.commit(done / "checkpoints", 9, {}, {"tokenizer.model": b"t"})
     (done / "summary.json").write_text(json.dumps({"steps": 9}), encoding="utf-8")
     (queued / "logs" / "slurm").mkdir(parents=True)
     (queued / "logs" / "slurm" / "7_1_submission.sh").symlink_to("../../../.array/7_submission.sh")
-    left, told = open_runs(sweep, [QueuedJob("7_1", "PENDING", (sweep.folder / ".array" / "7_submission.sh",))])
+    queue = [QueuedJob("7_1", "PENDING", (sweep.folder / ".array" / "7_submission.sh",))]
+    left, told = open_runs(sweep, queue)
     assert [run.swept for run in left.runs] == [("run.seed=3",)] and len(left.batch.run_dirs) == 1
-    assert told == ["runs/s/seed-1: already finished", "runs/s/seed-2: job 7_1 (PENDING) is in the queue"]
+    expected = ["runs/s/seed-1: already finished", "runs/s/seed-2: job 7_1 (PENDING) is in the queue"]
+    assert told == expected
+    (checkpoint / "tokenizer.model").unlink()
+    finished, warning, in_queue = open_runs(sweep, queue)[1]
+    assert [finished, in_queue] == expected and "tokenizer.model: the file is missing" in warning
 
 
 def test_data_that_runs_share_are_prepared_once(tmp_path: Path) -> None:
