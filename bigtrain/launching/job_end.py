@@ -38,7 +38,7 @@ REQUEUE_WAITS_S = (5, 10, 20, 40, 60, 60)
 LASTING = re.compile(r"disabled|invalid|denied|permission|finished", re.IGNORECASE)
 """What Slurm says of a requeue that it will never do."""
 OUT_OF_MEMORY = 128 + 125
-"""srun's status where Slurm's own watch over a node's memory has seen the kernel kill there: of SIG_OOM in its slurm.h."""
+"""srun's status where Slurm's own watch over a node's memory has seen the kernel kill (SIG_OOM of its slurm.h)."""
 WAS_STOPPED = "not queued again: a signal has stopped the run, which is saved; the same command goes on"
 
 

@@ -26,8 +26,8 @@ MEET = (
     "export MASTER_ADDR=${meeting% *} MASTER_PORT=${meeting#* }",
     "trap : TERM",
 )
-"""Shell lines before srun, on the first node. launchers/slurm.sbatch has the same. At the time limit Slurm sends SIGTERM
-to this script too: it stays, for what is behind srun."""
+"""Shell lines before srun, on the first node. launchers/slurm.sbatch has the same. At the time limit Slurm sends
+SIGTERM to this script too: it stays, for what is behind srun."""
 JOB_END = ('"$python" -m bigtrain.launching.job_end "$run" $?',)
 """And behind it."""
 

@@ -184,8 +184,8 @@ class Recorder:
             return
         self.event("late_save", step=save.step, seconds=round(needed_s, 3), signal_s=self._signal_s)
         self._console.note(
-            f"warning: a step and a save take {needed_s:.0f} s, and Slurm warns {self._signal_s:.0f} s ahead of the time "
-            f"limit (cluster.signal_s): the last save may be cut off. Set it to {2 * needed_s:.0f} at the next launch"
+            f"warning: a step and a save take {needed_s:.0f} s, and Slurm warns {self._signal_s:.0f} s ahead of the "
+            f"time limit: the last save may be cut off. Set cluster.signal_s={2 * needed_s:.0f} at the next launch"
         )
         self._signal_s = math.inf
 

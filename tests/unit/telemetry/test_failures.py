@@ -79,7 +79,10 @@ NCCL_CUDA = ", NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA functio
         (dist.DistBackendError(f"NCCL communicator was aborted on rank 1. Original reason: {NCCL_TIMEOUT}"), True),
         (dist.DistBackendError("NCCL timeout in communicator initialization."), True),
         (dist.DistStoreError("wait timeout after 600000ms, keys: /default_pg/0//cuda//0"), True),
-        (dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (n, 1)."), True),
+        (
+            dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (n, 1)"),
+            True,
+        ),
         (RuntimeError("CUDA out of memory"), False),
         (dist.DistBackendError(f"NCCL error in: NCCLUtils.cpp:93, unhandled cuda error{NCCL_CUDA}"), False),
         (dist.DistBackendError(f"[PG ID 0 PG GUID 0(default_pg) Rank 1] {ENDED} CUDA error: an illegal access"), False),
