@@ -31,7 +31,8 @@ from bigtrain.launching.meeting import fields_of, scontrol
 from bigtrain.launching.restarts import Failure, refused
 from bigtrain.telemetry import failures
 
-IS_ENDING = "not queued again: Slurm has ended the job ({state})"
+IS_ENDING = "Slurm has ended the job ({state}); if that was a preemption, it queues it again itself"
+AT_LIMIT = "not queued again: Slurm has ended the job at its time limit, before it was saved"
 
 NO_TIME = ("None", "0", "Unknown", "N/A", "")
 REQUEUE_WAITS_S = (5, 10, 20, 40, 60, 60)
@@ -71,7 +72,7 @@ def end(config: Config, job: Job, status: int) -> int:
     state = shown.get("JobState", "RUNNING")  # as long as Slurm has not ended it
     is_at_limit = shown.get("Reason") == "TimeLimit"
     if state != "RUNNING" and not (saved and is_at_limit):
-        print(IS_ENDING.format(state="TIMEOUT" if is_at_limit else state), file=sys.stderr, flush=True)
+        print(AT_LIMIT if is_at_limit else IS_ENDING.format(state=state), file=sys.stderr, flush=True)
         return saved or status
     if saved:
         _keep(run_dir, job.id, [])
