@@ -162,10 +162,10 @@ def _one_by_one(found: Sweep) -> int:
     for place, run in enumerate(found.runs):
         print(f"\nrun {place} of {len(found.runs)}: {run.config.run.name}", flush=True)
         began = time.monotonic()
-        status = _train(run.config)
-        if status in ENDS_SWEEP:
-            return status
-        first_failure = first_failure or status
+        ended = attempts.run(run.config)
+        if ended.status in ENDS_SWEEP or ended.was_warned:
+            return ended.status
+        first_failure = first_failure or ended.status
         print("\n".join(outcome.summary(run.run_dir, took_s=time.monotonic() - began)), flush=True)
     print(f"\nall in one report:\n  python tools/report.py {outcome.short(found.folder)}/*")
     return first_failure
@@ -191,16 +191,12 @@ def _prepare(config: Config) -> int:
     return status
 
 
-def _train(config: Config) -> int:
-    return attempts.train(config)
-
-
 def _start(config: Config, settings: Sequence[str], began: float) -> int:
     if config.cluster.kind == "slurm":
         (job,) = slurm.submit(Batch.of_run(config))
         print(slurm.told(config, job))
         return 0
-    return _train(config) or _finish(config, settings, began)
+    return attempts.train(config) or _finish(config, settings, began)
 
 
 def _finish(config: Config, settings: Sequence[str], began: float) -> int:

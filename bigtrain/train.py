@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from bigtrain.config.errors import UserError
 from bigtrain.config.frozen import load
+from bigtrain.config.signals import listen
 from bigtrain.config.status import COME_BACK, CRASHED, STOPPED, USER_ERROR
 from bigtrain.config.vendors import check_versions, importing
 from bigtrain.launching.lock import train_alone, train_beside
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
     for vendor in ("megatron", "deepspeed", r"torch\.distributed"):  # what they say to their developers, at each call
         warnings.filterwarnings("ignore", module=vendor)
     # Vendors turn a KeyboardInterrupt in their imports into all sorts of errors. There is nothing to save before run().
-    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    listen(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     # Slurm's warning, ahead of the time limit, waits until a StopSignal listens.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     watchdog = Watchdog()
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
             train_alone(run_dir)
         else:
             train_beside(run_dir)
+        failures.forget_ends(run_dir, rank)  # not ahead of the lock: a live run may have them
         watchdog = Watchdog(config.watchdog)
         watchdog.start(run_dir, rank=rank, world=world)
         console = Console(enabled=rank == 0, log_interval=config.tracker.log_interval)

@@ -233,4 +233,5 @@ def remove(work: Path, *, but: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else a small disk would stay mounted
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script that starts us with & has it ignored
     sys.exit(main())

@@ -59,8 +59,8 @@ _SET_BY_LAUNCHER = re.compile(
 )
 _SECRET = re.compile(r"\w*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?|PASS|PGPASS|AUTH", re.IGNORECASE)
 _SECRET_AT_END = re.compile(r"\w+_(PAT|PWD)", re.IGNORECASE)
-_PUBLIC = ("NCCL_IB_PKEY", "UCX_IB_PKEY")
-"""Partition keys of InfiniBand."""
+_PUBLIC = ("NCCL_IB_PKEY", "UCX_IB_PKEY", "SSH_AUTH_SOCK", "GOOGLE_APPLICATION_CREDENTIALS")
+"""Partition keys of InfiniBand, a socket's path, a file's."""
 _ASSIGNED = re.compile(r"(?<![\w-])(\w+)=(\"?'?)([^\s$\"'`]\S*)")
 """NAME=VALUE in a shell line, where VALUE is written out: neither empty nor looked up with $ or a command."""
 _HANDED_OVER = (

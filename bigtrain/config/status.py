@@ -8,8 +8,8 @@ COME_BACK = 75
 """Of rank 0 (the others': 0) where SIGUSR2 stopped the run: it is saved, and goes on when it is started again: queue it
 (EX_TEMPFAIL of sysexits.h)."""
 STOPPED = 77
-"""Of rank 0 (the others': 0) where SIGTERM or SIGINT stopped the run: it is saved, not finished, and whoever sent it
-decides whether it goes on."""
+"""Of rank 0 (the others': 0) where SIGTERM, SIGINT or SIGHUP stopped the run: it is saved, not finished, and whoever
+sent it decides whether it goes on."""
 HUNG = 76
 """The watchdog ended a rank that hung, or that waited for one. Started again, the run goes on from its newest
 checkpoint."""

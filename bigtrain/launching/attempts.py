@@ -19,8 +19,13 @@ LINGER_S = 4.0
 
 
 def train(config: Config) -> int:
-    """Start the ranks until the run ends, at most `cluster.max_restarts` times again. Returns the exit status of the
-    last attempt."""
+    """As `run`. Returns the exit status of the last attempt."""
+    return run(config).status
+
+
+def run(config: Config) -> local.Ended:
+    """Start the ranks until the run ends, at most `cluster.max_restarts` times again. Returns how the last attempt
+    ended."""
     run_dir, limit = Path(config.run.dir), config.cluster.max_restarts
     failed: list[Failure] = []
     while True:
@@ -33,7 +38,7 @@ def train(config: Config) -> int:
             is_effect=lambda child, start=start: failure.is_effect(run_dir, _end_of(child), start),
         )
         if not ended.failed:
-            return ended.status
+            return ended
         new_kills = failure.oom_kills() - kills
         found = failure.find(run_dir, [_end_of(child, new_kills) for child in ended.failed], start, metrics)
         failed.append(found)
@@ -45,7 +50,7 @@ def train(config: Config) -> int:
                 failures.append_event(run_dir, "crash", rank=found.rank, cause=found.cause, step=found.step)
         _say(found, ended, why_not, f"restart {len(failed)} of {limit}")
         if why_not:
-            return ended.status
+            return ended
 
 
 def _say(found: Failure, ended: local.Ended, why_not: str, restart: str) -> None:

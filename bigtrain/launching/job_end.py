@@ -1,8 +1,9 @@
 """``python -m bigtrain.launching.job_end RUN STATUS``: what the batch script of a Slurm job does when srun has ended.
 
 STATUS is srun's, the highest of all ranks. A run that was warned ahead of the time limit has saved and ends with
-COME_BACK: the job is queued again. One that SIGTERM stopped has saved too (STOPPED): Slurm queues a preempted job again
-itself, unless it ends within the GraceTime that it was given; then this does. A run that failed is dealt with as on one
+COME_BACK: the job is queued again, also where Slurm has ended it at its limit meanwhile. One that SIGTERM stopped has
+saved too (STOPPED): at the limit it is queued again likewise; a preempted job Slurm queues again itself, unless it ends
+within the GraceTime that it was given; then this does. A run that failed is dealt with as on one
 machine (`bigtrain.launching.attempts`): the cause is found in what the ranks left, and told in metrics.jsonl and as the
 last line of the job's output; the job is queued again up to cluster.max_restarts times, where that can help.
 RUN/logs/slurm_failures.json keeps the failures meanwhile. What Slurm itself has ended (cancelled, preempted, a lost
@@ -30,12 +31,15 @@ from bigtrain.launching.meeting import fields_of, scontrol
 from bigtrain.launching.restarts import Failure, refused
 from bigtrain.telemetry import failures
 
-IS_ENDING = "not queued again: Slurm has ended the job ({state})"
+IS_ENDING = "Slurm has ended the job ({state}); if that was a preemption, it queues it again itself"
+AT_LIMIT = "not queued again: Slurm has ended the job at its time limit, before it was saved"
 
 NO_TIME = ("None", "0", "Unknown", "N/A", "")
 REQUEUE_WAITS_S = (5, 10, 20, 40, 60, 60)
 LASTING = re.compile(r"disabled|invalid|denied|permission|finished", re.IGNORECASE)
 """What Slurm says of a requeue that it will never do."""
+OUT_OF_MEMORY = 128 + 125
+"""srun's status where Slurm's own watch over a node's memory has seen the kernel kill (SIG_OOM of its slurm.h)."""
 WAS_STOPPED = "not queued again: a signal has stopped the run, which is saved; the same command goes on"
 
 
@@ -62,22 +66,22 @@ def end(config: Config, job: Job, status: int) -> int:
     run_dir, cluster = Path(config.run.dir), config.cluster
     ends = [RankEnd.from_record(record) for record in failures.ends(run_dir, job.start, job.world)]
     saved = _saved(ends, status)
-    if saved == COME_BACK:
-        _keep(run_dir, job.id, [])
-        return _queue_again(job.id, COME_BACK) if cluster.requeue else COME_BACK
-    if status == 0:
+    if status == 0 and not saved:
         return 0
     shown = _shown(job.id)
     state = shown.get("JobState", "RUNNING")  # as long as Slurm has not ended it
-    if state != "RUNNING":
-        print(IS_ENDING.format(state=state), file=sys.stderr, flush=True)
+    is_at_limit = shown.get("Reason") == "TimeLimit"
+    if state != "RUNNING" and not (saved and is_at_limit):
+        print(AT_LIMIT if is_at_limit else IS_ENDING.format(state=state), file=sys.stderr, flush=True)
         return saved or status
-    if saved == STOPPED:
+    if saved:
         _keep(run_dir, job.id, [])
-        if cluster.requeue and shown.get("PreemptTime", "None") not in NO_TIME:
-            return _queue_again(job.id, STOPPED)
-        print(WAS_STOPPED, file=sys.stderr, flush=True)
-        return STOPPED
+        is_preempted = shown.get("PreemptTime", "None") not in NO_TIME
+        if cluster.requeue and (saved == COME_BACK or is_at_limit or is_preempted):
+            return _queue_again(job.id, saved)
+        if saved == STOPPED:
+            print(WAS_STOPPED, file=sys.stderr, flush=True)
+        return saved
     found = cause(run_dir, ends, job, status)
     failed = [*_kept(run_dir, job.id), found]
     if found.kind != "user":  # it may be that another job trains in the folder, which keeps its own there
@@ -124,8 +128,16 @@ def cause(run_dir: Path, ends: Sequence[RankEnd], job: Job, status: int) -> Fail
     names = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
     hosts = sorted({host for rank, host in _hosts(run_dir, job).items() if rank in lost and host})
     where = f" ({', '.join(hosts)})" if hosts else ""
-    text = f"{names}{where} left without a word: the node is lost, or all of the task was killed"
+    text = f"{names}{where} left without a word: {_why_lost(status)}"
     return Failure("crash", text, "lost", status, lost[0], step + 1, has_stepped)
+
+
+def _why_lost(status: int) -> str:
+    """By srun's status. Without accounting Slurm keeps no more, and only where it limits the memory of jobs itself it
+    sees what the kernel does."""
+    if status == OUT_OF_MEMORY:
+        return "out of memory, says Slurm. cluster.memory asks for more"
+    return "out of memory, where the kernel kills all of a task (cluster.memory asks for more), or the node is lost"
 
 
 def missing(ended: Sequence[int], hosts: Mapping[int, str]) -> list[int]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from bigtrain.config.schema import Config
+from bigtrain.config.signals import listen
 from bigtrain.config.status import COME_BACK, HUNG, STOPPED, USER_ERROR
 from bigtrain.launching.environment import Place, free_port, rank_environment
 from bigtrain.launching.failure import likeliness
@@ -192,13 +193,15 @@ def die_with_parent() -> Callable[[], None] | None:
 
 @contextlib.contextmanager
 def _received_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM, SIGHUP and SIGUSR2 in a list instead of acting on them."""
+    """Collect SIGINT, SIGTERM, SIGHUP and SIGUSR2 in a list instead of acting on them; ignored ones stay so."""
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
 
-    before = {signum: signal.signal(signum, note) for signum in PASSED_ON}
+    before = {signum: signal.getsignal(signum) for signum in PASSED_ON}
+    for signum in PASSED_ON:
+        listen(signum, note)
     try:
         yield received
     finally:

@@ -24,8 +24,10 @@ from bigtrain.launching.code_copy import CODE
 MEET = (
     'meeting=$("$python" -m bigtrain.launching.meeting) || exit',
     "export MASTER_ADDR=${meeting% *} MASTER_PORT=${meeting#* }",
+    "trap : TERM",
 )
-"""Shell lines before srun, on the first node. launchers/slurm.sbatch has the same."""
+"""Shell lines before srun, on the first node. launchers/slurm.sbatch has the same. At the time limit Slurm sends
+SIGTERM to this script too: it stays, for what is behind srun."""
 JOB_END = ('"$python" -m bigtrain.launching.job_end "$run" $?',)
 """And behind it."""
 

@@ -19,6 +19,7 @@ from types import FrameType
 
 from bigtrain.config import frozen
 from bigtrain.config.errors import UserError, exit_status
+from bigtrain.config.signals import listen
 from bigtrain.config.status import COME_BACK, HUNG, STOPPED
 from bigtrain.launching.environment import Place, rank_environment
 from bigtrain.launching.failure import RankEnd, oom_kills
@@ -29,7 +30,7 @@ LINGER_S = 12.0
 """A failing rank gives the save under way ten seconds (`bigtrain.trainer.saver`)."""
 GRACE_S = 8.0
 """That a rank has when Slurm tells it to end because another has failed. It may be stopped, or wait for ever."""
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR2)
+PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 """Slurm may have sent it to the rank as well: there a second one changes nothing."""
 
 
@@ -50,7 +51,6 @@ def run(run_dir: Path, place: Place, command: Sequence[str], environment: Mappin
     """Run the command of a rank and leave a note of its end. Returns the rank's exit status, 128 + n for signal n."""
     start, kills = failures.start_of(environment), oom_kills()
     received: list[int] = []
-    failures.forget_ends(run_dir, place.rank)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent())
 
@@ -60,7 +60,7 @@ def run(run_dir: Path, place: Place, command: Sequence[str], environment: Mappin
             process.send_signal(number)
 
     for number in (*PASSED_ON, signal.SIGINT):
-        signal.signal(number, pass_on)
+        listen(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
     returncode = _wait(process, lambda: signal.SIGTERM in received and _another_failed(run_dir, start))
     end = RankEnd(place.rank, returncode, oom_kills() - kills, was_told=signal.SIGTERM in received)

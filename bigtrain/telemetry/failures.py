@@ -35,15 +35,19 @@ _OF_A_START = (
 )
 _OF_A_LOST_PEER = re.compile(
     "connection (was )?(closed|reset|refused)|broken pipe|closed by (remote )?peer|remote process exited|"
-    "socket timeout|communicator was aborted|failed to recv|failed to send|process group .*terminated|"
+    "socket timeout|communicator was aborted|failed to recv|failed to send|"
     "connection timed out|no route to host|timed out waiting|application timeout caused pair closure|"
-    "unhandled system error|waiting for clients",
+    "unhandled system error|waiting for clients|collective operation timeout|timed out in blocking wait|nccl timeout|"
+    "wait timeout after|timeout waiting for key|client socket has timed out",
     re.IGNORECASE,
 )
 
 
 def start_of(environment: Mapping[str, str] = os.environ) -> str:
-    """A name for this start of all ranks: the same on each and in what started them, and another after a restart."""
+    """A name for this start of all ranks: the same on each and in what started them, and another after a restart.
+
+    Not so where another launcher gives all starts one address and port, as a PyTorchJob of Kubernetes does: who reads
+    there (`bigtrain.trainer.hang`) goes by the time as well."""
     values = "\n".join(f"{name}={environment.get(name, '')}" for name in _OF_A_START)
     return hashlib.sha256(values.encode()).hexdigest()[:12]
 

@@ -5,6 +5,7 @@ Every rank holds a `Recorder` and calls it alike; only the writer's, rank 0's, d
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,9 @@ class Recorder:
         which is told each step; its account is recorded."""
         self._console = console
         self._clock = clock
+        self._signal_s = float(config.cluster.signal_s) if config.cluster.kind == "slurm" else math.inf
+        """From Slurm's warning to the end; infinite once it was said that it is too short."""
+        self._step_s = 0.0
         self.past = Past()
         """What earlier attempts left; known on the writer."""
         self._metrics: MetricsFile | None = None
@@ -104,6 +108,7 @@ class Recorder:
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
         }
+        self._step_s = step_time_s
         if self._clock is not None:
             self._clock.step_done(step)
         if self._write(record):
@@ -169,7 +174,20 @@ class Recorder:
             self._console.note(
                 f"checkpoint of step {save.step}: {save.num_bytes / 1e6:,.1f} MB in {save.seconds:.1f} s"
             )
+            self._say_if_late(save)
             self._account()
+
+    def _say_if_late(self, save: Save) -> None:
+        """Once: that Slurm's warning comes too late for a save that takes so long."""
+        needed_s = self._step_s + save.seconds
+        if needed_s <= self._signal_s:
+            return
+        self.event("late_save", step=save.step, seconds=round(needed_s, 3), signal_s=self._signal_s)
+        self._console.note(
+            f"warning: a step and a save take {needed_s:.0f} s, and Slurm warns {self._signal_s:.0f} s ahead of the "
+            f"time limit: the last save may be cut off. Set cluster.signal_s={2 * needed_s:.0f} at the next launch"
+        )
+        self._signal_s = math.inf
 
     def bad_documents(self, step: int, reasons: Sequence[str]) -> None:
         """Why data rank 0 passed over documents before this step, one reason each; nothing is recorded of none."""

@@ -21,6 +21,11 @@ ANSWER_S = 8.0
 """So long may a rank take to say where it is."""
 VERDICT_S = 6.0
 """So long may the one that makes the verdict take then."""
+CLOCKS_S = 60.0
+"""By so much the clocks of two machines may differ."""
+BEGIN_S = 600.0
+"""Ranks of one start begin within so long. Where all starts have one name (`failures.start_of`), a place from before is
+of an earlier start, and its rank has not begun in this one."""
 _POLL_S, _POLL_S_A_RANK, _LONGEST_POLL_S = 0.1, 0.002, 2.0
 """Between two looks, longer the more ranks look at one file system."""
 _STATES = {
@@ -64,14 +69,14 @@ class Hang:
     def raise_alarm(self, phase: str, *, step: int, seconds: float, limit_s: float) -> dict[str, Any]:
         """Tell all ranks. Returns what they are told. Where the disk takes nothing each has only its own limits."""
         found = {"rank": self._rank, "phase": phase, "step": step, "seconds": seconds, "limit_s": limit_s}
+        found["time"] = time.time()
         with contextlib.suppress(OSError):
-            failures.write_json(self._file(self._alarm), {"start": self._start, "time": time.time(), **found})
+            failures.write_json(self._file(self._alarm), {"start": self._start, **found})
         return found
 
     def alarm(self) -> dict[str, Any] | None:
         """What a rank has told."""
-        found = failures.read_json(self._file(self._alarm), self._start)
-        return found if found is not None and found["time"] > self._begun - 60 else None
+        return self._written(self._file(self._alarm), self._begun - CLOCKS_S)
 
     def answer(self, place: dict[str, Any], threads: list[dict[str, Any]]) -> None:
         """Say where this rank is."""
@@ -92,7 +97,7 @@ class Hang:
         ranks each would read all answers of all. Where it has made none in time, a second one does."""
         for claim, answer_s in ((claim_of(self._start), ANSWER_S), (f"{claim_of(self._start)}.again", 0.0)):
             if self._is_first(claim):
-                self._conclude(alarm, self._reports(answer_s))
+                self._conclude(alarm, self._reports(answer_s, alarm["time"]))
                 return
             deadline = time.monotonic() + answer_s + VERDICT_S
             while time.monotonic() < deadline:
@@ -100,13 +105,14 @@ class Hang:
                     return
                 time.sleep(self._poll_s)
 
-    def _reports(self, wait_s: float) -> dict[int, dict[str, Any]]:
-        """What the ranks say, by rank: of all, or of those that have said it after `wait_s`."""
+    def _reports(self, wait_s: float, alarmed: float) -> dict[int, dict[str, Any]]:
+        """What the ranks say, by rank: of all, or of those that have said it after `wait_s`. `alarmed`: when they were
+        asked, of time.time(); what a rank said before that is of an earlier start."""
         deadline = time.monotonic() + wait_s
         reports: dict[int, dict[str, Any]] = {}
         while True:
             for rank in self._answered() - reports.keys():
-                found = failures.read_json(self._file(f"rank-{rank}.json"), self._start)
+                found = self._written(self._file(f"rank-{rank}.json"), alarmed - CLOCKS_S)
                 if found is not None:
                     reports[rank] = found
             if len(reports) == self._world or time.monotonic() >= deadline:
@@ -140,7 +146,7 @@ class Hang:
 
     def _silence(self, rank: int) -> str:
         """Why a rank does not answer, as far as it can be seen from here."""
-        place = failures.read_json(failures.place_file(self._run_dir, rank), self._start)
+        place = self._written(failures.place_file(self._run_dir, rank), self._begun - BEGIN_S)
         if place is None:
             return "has never started"
         if place["host"] != self._host:
@@ -152,6 +158,11 @@ class Hang:
         if kept:
             return f"is in {kept}, and keeps Python's interpreter"
         return f"does not answer (state {state}: {_STATES.get(state, 'unknown')})"
+
+    def _written(self, path: Path, since: float) -> dict[str, Any] | None:
+        """What a rank has written in this start, and not before `since` (of time.time())."""
+        found = failures.read_json(path, self._start)
+        return found if found is not None and found["time"] > since else None
 
     def _is_concluded(self) -> bool:
         return failures.read_json(self._file("verdict.json"), self._start) is not None

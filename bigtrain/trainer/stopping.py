@@ -9,10 +9,11 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from bigtrain.config.signals import listen
 from bigtrain.distributed.start import Runtime
 
 STOPPING = "stopping: this step ends, then the run is saved; Ctrl-C again stops at once"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 def _say_nothing(text: str) -> None:
@@ -20,7 +21,8 @@ def _say_nothing(text: str) -> None:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR2 set a flag; `agreed` is true on every rank as soon as one has it.
+    """SIGTERM, SIGINT, SIGHUP (a terminal that is closed) and SIGUSR2 set a flag; `agreed` is true on every rank as
+    soon as one has it.
 
     A second SIGINT kills, as without us: the last checkpoint is there. A second SIGTERM does not: Slurm sends two
     within milliseconds when it preempts a job, and SIGKILL where it wants an end. SIGUSR2 is Slurm's warning ahead of
@@ -40,7 +42,7 @@ class StopSignal:
 
     def install(self) -> None:
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            listen(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])  # blocked since the start of bigtrain.train
 
     def agreed(self) -> bool:

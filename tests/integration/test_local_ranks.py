@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bigtrain.config import frozen
@@ -138,8 +139,10 @@ def test_one_that_ignores_sigterm_is_killed_with_what_it_started(tmp_path: Path)
     assert time.monotonic() - start < 30  # they would have slept for 60 s
 
 
-def launcher(tmp_path: Path, code: str, grace_s: float = 1.0) -> tuple[subprocess.Popen[bytes], list[int]]:
-    """A process that runs two children of `code`, and their ids."""
+def launcher(
+    tmp_path: Path, code: str, grace_s: float = 1.0, by: Sequence[str] = ()
+) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A process that runs two children of `code`, and their ids. `by`: a command that starts another."""
     files = [tmp_path / "0", tmp_path / "1"]
     program = (
         "import sys; from bigtrain.launching.local import Command, run; "
@@ -147,7 +150,8 @@ def launcher(tmp_path: Path, code: str, grace_s: float = 1.0) -> tuple[subproces
         "sys.exit(run([Command(f, [sys.executable, '-c', code, f]) for f in files], "
         f"grace_s={grace_s}))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, code, *map(str, files)], stderr=subprocess.DEVNULL)
+    command = [*by, sys.executable, "-c", program, code, *map(str, files)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     return process, [pid_in(file) for file in files]
 
 
@@ -164,6 +168,27 @@ def test_signals_are_passed_on(tmp_path: Path, signum: signal.Signals) -> None:
     assert process.wait(20) == 128 + signum
     assert all(is_gone(pid) for pid in pids)
     assert [(tmp_path / f"{name}.got").read_text() for name in "01"] == [str(int(signum))] * 2
+
+
+@pytest.mark.parametrize(
+    ("by", "ignored"),
+    [(["nohup"], signal.SIGHUP), (["sh", "-c", '"$@" & wait', "sh"], signal.SIGINT)],
+    ids=["nohup", "a script's background"],
+)
+def test_what_whoever_started_us_has_ignored_stays_so(
+    tmp_path: Path, by: Sequence[str], ignored: signal.Signals
+) -> None:
+    """In the launcher and in its ranks."""
+    process, pids = launcher(tmp_path, SLEEPER, by=by)
+    started = psutil.Process(pids[0]).parent()
+    assert started is not None
+    for each in (started, *map(psutil.Process, pids)):
+        each.send_signal(ignored)
+    time.sleep(0.5)
+    assert started.is_running() and not any(map(is_gone, pids))
+    started.terminate()
+    process.wait(20)
+    assert all(is_gone(pid) for pid in pids)
 
 
 def test_ranks_that_a_warning_stopped_have_not_failed(tmp_path: Path) -> None:

@@ -6,13 +6,17 @@ shared: a start of ranks costs seconds.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +35,7 @@ from bigtrain.telemetry.goodput import PARTS
 from tests.integration.runs import (
     DEADLINE_S,
     HALF,
+    LAUNCHER,
     LAYOUTS,
     STEPS,
     Attempt,
@@ -275,6 +280,38 @@ def test_a_launcher_that_is_told_to_stop_lets_its_ranks_save(interrupted: Interr
     folder = interrupted.run_dir / "checkpoints" / f"step-{step:08d}"
     said = ("stopping: ", f"stopped by SIGTERM: step {step} is saved in {folder}; the same command goes on from there")
     assert [attempt.output.count(line) for line in said] == [1, 1]
+
+
+def test_a_terminal_that_is_closed_loses_nothing(data: Path, tmp_path: Path) -> None:
+    """The end of an ssh session: SIGHUP to the launcher, and nobody reads what is said."""
+    config = config_of(tmp_path / "run", data)
+    run_dir = Path(config.run.dir)
+    frozen.save(config, run_dir)
+    ours, theirs = pty.openpty()
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, run_dir],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    os.close(theirs)
+    reached = at_step(run_dir, 4)
+
+    def reads() -> bool:
+        if select.select([ours], [], [], 0)[0]:
+            os.read(ours, 1 << 16)
+        return reached()
+
+    wait_for(reads, launcher)
+    os.close(ours)
+    assert launcher.wait(60) == 128 + signal.SIGHUP
+    assert committed(run_dir) == [last_step(run_dir)] and 4 <= last_step(run_dir) < STEPS
+    (stop,) = [each for each in records(run_dir, "event") if each["name"] == "stop"]
+    assert stop["signal"] == "SIGHUP"
 
 
 def test_killed_ranks_leave_steps_that_no_checkpoint_has(interrupted: Interrupted) -> None:

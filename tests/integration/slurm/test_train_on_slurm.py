@@ -109,6 +109,23 @@ def test_warned_by_slurm_it_saves_and_queues_itself_again(
     is_the_run(run_dir, here, "SIGUSR2")
 
 
+def test_a_save_that_ends_behind_the_time_limit_is_queued_again(
+    cluster: Cluster, data: Path, folder: Path, here: Path
+) -> None:
+    """Slurm sends its warning and SIGTERM, and the job is over; the save has until SIGKILL."""
+    run_dir = folder / "runs" / "limit"
+    job_id = submitted(cluster.ask(*LAUNCH, *settings(data, "limit"), *TWO_NODES, cwd=folder))
+    at_step(run_dir, 1)
+    cluster.ask("scontrol", "update", f"JobId={job_id}", "EndTime=now")
+    cluster.wait(job_id, lambda job: job["JobState"] == "PENDING")
+    cluster.ask("scontrol", "update", f"JobId={job_id}", "TimeLimit=30")
+    job = cluster.ended(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(run_dir)
+    assert "DUE TO TIME LIMIT" in logs(run_dir)
+    (stop,) = [record for record in records(run_dir, "event") if record["name"] == "stop"]
+    is_the_run(run_dir, here, stop["signal"])
+
+
 def test_the_plain_script_is_preempted_and_goes_on(cluster: Cluster, data: Path, folder: Path, here: Path) -> None:
     """A job of a better partition takes its nodes: Slurm sends SIGTERM, twice, and queues it again."""
     cluster.ask(*LAUNCH, *settings(data, "plain"), *TWO_NODES, "--freeze", cwd=folder)

@@ -158,6 +158,8 @@ def test_names_of_secrets() -> None:
         "KEYBOARD",
         "NCCL_DEBUG",
         "AWS_SHARED_CREDENTIALS_FILE",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "SSH_AUTH_SOCK",
         "COMPASS",
         "AUTHOR",
     )

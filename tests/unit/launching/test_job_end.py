@@ -106,8 +106,15 @@ def test_a_lost_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in (0, 1):
         crashed(tmp_path, rank, LOST_PEER, monkeypatch, step=4)
     found = cause(tmp_path, [RankEnd(0, 1), RankEnd(1, 1)], JOB, 137)
-    assert found.cause == ("ranks 2, 3 (node1) left without a word: the node is lost, or all of the task was killed")
+    assert found.cause == (
+        "ranks 2, 3 (node1) left without a word: out of memory, where the kernel kills all of a task (cluster.memory "
+        "asks for more), or the node is lost"
+    )
     assert (found.sign, found.step, found.has_stepped) == ("lost", 4, True)
+    found = cause(tmp_path, [RankEnd(0, 1), RankEnd(1, 1)], JOB, 253)
+    assert found.cause == (
+        "ranks 2, 3 (node1) left without a word: out of memory, says Slurm. cluster.memory asks for more"
+    )
 
 
 def test_srun_could_not_start_a_rank(tmp_path: Path) -> None:
@@ -261,8 +268,9 @@ def test_a_controller_that_is_away_is_waited_for(
     waits, asked, left = list[float](), list[tuple[str, ...]](), list(answers)
 
     def answer(*arguments: str) -> str:
-        asked.append(arguments)
-        if left:
+        if arguments[0] == "requeue":
+            asked.append(arguments)
+        if arguments[0] == "requeue" and left:
             raise UserError(f"scontrol requeue 7: {left.pop()}")
         return ""
 
@@ -305,8 +313,33 @@ def test_what_slurm_has_ended_is_left_to_it(
     monkeypatch.setattr(job_end, "scontrol", lambda *_: "JobId=7 JobState=CANCELLED")  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
     ended(Path(config.run.dir), RankEnd(1, -15, was_told=True))
     assert end(config, JOB, 143) == 143
-    assert capsys.readouterr().err == "not queued again: Slurm has ended the job (CANCELLED)\n"
+    assert capsys.readouterr().err.startswith("Slurm has ended the job (CANCELLED); ")
     assert not (Path(config.run.dir) / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("shown", "saved", "calls"),
+    [
+        ("JobState=COMPLETING Reason=TimeLimit", COME_BACK, 1),  # the save took longer than cluster.signal_s
+        ("JobState=COMPLETING Reason=TimeLimit", STOPPED, 1),
+        ("JobState=COMPLETING Reason=TimeLimit", 137, 0),
+        ("JobState=COMPLETING Reason=None", COME_BACK, 0),  # cancelled, or preempted
+        ("JobState=COMPLETING Reason=None", STOPPED, 0),
+    ],
+)
+def test_a_save_that_ends_behind_the_time_limit(
+    config: Config, monkeypatch: pytest.MonkeyPatch, shown: str, saved: int, calls: int
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*arguments: str) -> str:
+        asked.append(arguments)
+        return f"JobId=7 {shown}"
+
+    monkeypatch.setattr(job_end, "scontrol", answer)
+    Path(config.run.dir).mkdir()
+    assert end(config, JOB, saved) == saved
+    assert asked.count(("requeue", "7")) == calls
 
 
 def test_one_task_of_an_array() -> None:

@@ -148,11 +148,11 @@ def test_flags_of_sbatch_that_take_no_value() -> None:
 
 
 def test_what_the_script_does_around_the_ranks(tmp_path: Path) -> None:
-    """It runs, with stand-ins for srun and for the Python of meeting.py and job_end.py."""
+    """It runs, with stand-ins for srun and for the Python of meeting.py and job_end.py; SIGTERM does not end it."""
     text = script().replace(sys.executable, "python")
     programs = {
         "python": 'case $2 in *meeting) echo head-node 12345;; *) echo "$@"; exit $4;; esac',
-        "srun": "echo ranks meet at $MASTER_ADDR:$MASTER_PORT; exit 75",
+        "srun": "kill -TERM $PPID; echo ranks meet at $MASTER_ADDR:$MASTER_PORT; exit 75",
     }
     for name, lines in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")

@@ -56,6 +56,31 @@ def test_what_is_not_known_is_not_shown() -> None:
     assert stream.getvalue().endswith("evaluation at step 1: loss 2.0000  perplexity 7.39\n")
 
 
+def test_a_terminal_that_is_closed_ends_nothing() -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream:
+        console = Console(stream=stream)
+        console.start(num_steps=9, at_step=0)
+        console.train(record(1))
+        os.close(ours)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.write(theirs, b"x")
+        for step in range(2, 5):
+            console.train(record(step))
+            console.note("a note")
+        console.close()
+        console.note("a last one")
+
+
+def test_a_pipe_that_nobody_reads_ends_nothing() -> None:
+    ours, theirs = os.pipe()
+    with os.fdopen(theirs, "w") as stream:
+        os.close(ours)
+        console = Console(stream=stream)
+        for _ in range(3):
+            console.note("a note")
+
+
 def test_a_phase_is_named_before_it_runs_and_timed_after() -> None:
     stream = io.StringIO()
     now = [0.0]

@@ -52,6 +52,15 @@ def test_a_crash_has_its_first_line_and_its_traceback(tmp_path: Path) -> None:
     assert failures.named(failures.write_crash(tmp_path, 1, MemoryError(), "", step=9)) == "rank 1: MemoryError"
 
 
+# As torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp and NCCLUtils.cpp put them together.
+NCCL_TIMEOUT = (
+    "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, NumelIn=466119168, "
+    "NumelOut=466119168, Timeout(ms)=600000) ran for 600060 milliseconds before timing out."
+)
+ENDED = "Process group watchdog thread terminated with exception:"
+NCCL_CUDA = ", NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2"
+
+
 @pytest.mark.parametrize(
     ("error", "is_peer"),
     [
@@ -65,7 +74,20 @@ def test_a_crash_has_its_first_line_and_its_traceback(tmp_path: Path) -> None:
         (RuntimeError("[pair.cc:553] Read error [127.0.0.1]:1234: Connection reset by peer"), True),
         (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
         (dist.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (dist.DistBackendError(f"[Rank 1] {NCCL_TIMEOUT}"), True),
+        (dist.DistBackendError(f"[PG ID 0 PG GUID 0(default_pg) Rank 1] {ENDED} [Rank 1] {NCCL_TIMEOUT}"), True),
+        (dist.DistBackendError(f"NCCL communicator was aborted on rank 1. Original reason: {NCCL_TIMEOUT}"), True),
+        (dist.DistBackendError("NCCL timeout in communicator initialization."), True),
+        (dist.DistStoreError("wait timeout after 600000ms, keys: /default_pg/0//cuda//0"), True),
+        (
+            dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (n, 1)"),
+            True,
+        ),
         (RuntimeError("CUDA out of memory"), False),
+        (dist.DistBackendError(f"NCCL error in: NCCLUtils.cpp:93, unhandled cuda error{NCCL_CUDA}"), False),
+        (dist.DistBackendError(f"[PG ID 0 PG GUID 0(default_pg) Rank 1] {ENDED} CUDA error: an illegal access"), False),
+        (dist.DistBackendError("NCCL error in: NCCLUtils.cpp:94, invalid usage, NCCL version 2.27.5"), False),
+        (TimeoutError("wait timeout after 5 s"), False),  # the data's
         (RuntimeError("shapes do not match"), False),
         (ConnectionResetError("Connection reset by peer"), False),  # the data's, say
         (ValueError("Connection closed by peer"), False),

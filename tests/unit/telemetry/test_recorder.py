@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from pathlib import Path
 
 import pytest
 
+from bigtrain.config.schema import ClusterConfig
+from bigtrain.telemetry.console import Console
 from bigtrain.telemetry.metrics import read_metrics
+from bigtrain.telemetry.recorder import Recorder
+from bigtrain.trainer.saver import Outcome
 
-from .records import record_steps, recorder_of
+from .records import config_of, record_steps, recorder_of
 
 TRAIN_FIELDS = {"kind", "step", "tokens", "loss", "lr", "grad_norm", "step_time_s", "tokens_per_second", "mfu"}
 EVAL_FIELDS = {"kind", "step", "loss", "perplexity", "bits_per_byte"}
@@ -80,6 +86,21 @@ def test_a_resumed_run_has_the_lines_of_one_that_ran_through(tmp_path: Path) -> 
     assert lines("again") == lines("through")
     events = [record for record in read_metrics(path) if record["kind"] == "event"]
     assert events == [{"kind": "event", "name": "resume", "step": 20, "lines_removed": 8, "lines_unreadable": 1}]
+
+
+@pytest.mark.parametrize(("cluster", "said"), [(ClusterConfig(kind="slurm"), 1), (ClusterConfig(), 0)])
+def test_a_save_that_the_time_limit_would_cut_off_is_said_once(
+    tmp_path: Path, cluster: ClusterConfig, said: int
+) -> None:
+    stream = io.StringIO()
+    config = dataclasses.replace(config_of(), cluster=cluster)
+    with Recorder(tmp_path, config, num_steps=9, resume_step=0, console=Console(stream=stream)) as recorder:
+        record_steps(recorder, range(1, 2))
+        for step, seconds in ((1, 89.0), (2, 90.0), (3, 200.0)):
+            recorder.saved([Outcome(step, seconds, 0.0)])
+    late = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record.get("name") == "late_save"]
+    assert late == [{"kind": "event", "name": "late_save", "step": 2, "seconds": 90.3, "signal_s": 90.0}][:said]
+    assert stream.getvalue().count("cluster.signal_s") == said
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

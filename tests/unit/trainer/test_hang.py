@@ -16,7 +16,7 @@ from bigtrain.trainer import hang
 from bigtrain.trainer.hang import Hang, state_of, where_it_is_kept
 from bigtrain.trainer.verdict import verdict
 
-ALARM = {"rank": 0, "phase": "step", "step": 3, "seconds": 9.0, "limit_s": 8.0}
+ALARM = {"rank": 0, "phase": "step", "step": 3, "seconds": 9.0, "limit_s": 8.0, "time": 0.0}
 
 
 def ranks(run_dir: Path, world: int) -> list[Hang]:
@@ -90,12 +90,32 @@ def test_a_silent_rank_of_another_machine(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(failures.SPOKEN_FOR, "1")
     monkeypatch.setattr(hang, "ANSWER_S", 0.2)
     first, _ = ranks(tmp_path, 2)
-    place = {"start": failures.start_of(), "host": "node7", "pid": 1}
+    place = {"start": failures.start_of(), "host": "node7", "pid": 1, "time": 1.0}
     failures.write_json(failures.place_file(tmp_path, 1), place)
     first.answer({"phase": "step", "step": 3, "thread": 1}, [])
     first.conclude(ALARM)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "rank 1 does not answer (on node7); rank 0 is in an unknown place" in text
+
+
+def test_a_rank_that_has_not_begun_yet_says_nothing_by_what_it_said_in_an_earlier_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same name: Kubernetes gives every start one address and port."""
+    monkeypatch.setenv(failures.SPOKEN_FOR, "1")
+    monkeypatch.setattr(hang, "ANSWER_S", 0.2)
+    now = time.time()
+    first, second = (Hang(tmp_path, rank=rank, world=2, begun=now, host="here") for rank in range(2))
+    second.begin()
+    second.answer({"phase": "step", "step": 9, "thread": 1}, [])
+    place = {"start": failures.start_of(), "host": "node7", "pid": 1, "time": now - 3600}
+    failures.write_json(failures.place_file(tmp_path, 1), place)
+    first.begin()
+    first.answer({"phase": "startup", "step": 0, "thread": 1}, [])
+    said = tmp_path / "logs" / "hang" / "rank-1.json"
+    said.write_text(json.dumps({**json.loads(said.read_text()), "time": now - 3600}))
+    first.conclude({**ALARM, "time": now})
+    assert "rank 1 has never started; rank 0 is in" in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_state_of_a_process() -> None:

@@ -53,6 +53,17 @@ def test_only_a_second_ctrl_c_is_not_caught() -> None:
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_nohup_or_a_shell_has_ignored_stays_so(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    stop = StopSignal(Ranks())  # type: ignore[arg-type]
+    stop.install()
+    os.kill(os.getpid(), number)
+    assert stop.received is None
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.received == "SIGTERM"
+
+
 def test_a_warning_ahead_of_time_is_not_lost() -> None:
     stop = StopSignal(Ranks())  # type: ignore[arg-type]
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
