@@ -52,15 +52,20 @@ def run(run_dir: Path, place: Place, command: Sequence[str], environment: Mappin
     start, kills = failures.start_of(environment), oom_kills()
     received: list[int] = []
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent())
+    running: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if number in PASSED_ON:
-            process.send_signal(number)
+        for rank in running if number in PASSED_ON else ():
+            rank.send_signal(number)
 
+    # ahead of the rank: a task that a signal kills leaves no note of its end
     for number in (*PASSED_ON, signal.SIGINT):
         listen(number, pass_on)
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent())
+    running.append(process)
+    for number in [number for number in received if number in PASSED_ON]:  # meanwhile
+        process.send_signal(number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
     returncode = _wait(process, lambda: signal.SIGTERM in received and _another_failed(run_dir, start))
     end = RankEnd(place.rank, returncode, oom_kills() - kills, was_told=signal.SIGTERM in received)

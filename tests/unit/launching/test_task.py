@@ -24,6 +24,14 @@ from bigtrain.launching import task
 place = task.Place(1, 1, 2, 2, "127.0.0.1", 1)
 sys.exit(task.run(Path(sys.argv[1]), place, sys.argv[2:], os.environ))
 """
+TOLD_AT_ONCE = """
+import signal, subprocess
+start = subprocess.Popen.__init__
+def told(*arguments, **options):
+    signal.raise_signal(signal.SIGTERM)
+    start(*arguments, **options)
+subprocess.Popen.__init__ = told
+"""
 LISTENS = """
 import signal, sys, time
 signal.signal(signal.SIGUSR2, lambda *_: print("warned", flush=True))
@@ -61,6 +69,14 @@ def test_the_end_of_a_rank_is_told(tmp_path: Path, lines: str, status: int, retu
     (found,) = [record for record in failures.ends(tmp_path, START, 2) if record["rank"] == 1]
     assert (found["returncode"], found["was_told"]) == (returncode, False)
     assert len(failures.ends(tmp_path, "another", 2)) == 1
+
+
+def test_a_signal_while_the_rank_is_started_leaves_a_note_too(tmp_path: Path) -> None:
+    failures.write_end(tmp_path, 0, START, {})
+    command = [sys.executable, "-c", TOLD_AT_ONCE + WATCH, tmp_path, "sleep", "20"]
+    assert subprocess.Popen(command).wait(15) == 128 + signal.SIGTERM
+    (found,) = [record for record in failures.ends(tmp_path, START, 2) if record["rank"] == 1]
+    assert (found["returncode"], found["was_told"]) == (-signal.SIGTERM, True)
 
 
 def test_a_failure_waits_for_the_other_ranks(tmp_path: Path) -> None:
