@@ -33,6 +33,7 @@ from bigtrain.launching.plan import numbers, plan, prepare_command
 from bigtrain.launching.preflight import preflight
 from bigtrain.launching.slurm_script import Batch
 from bigtrain.launching.sweep import Sweep
+from bigtrain.telemetry.streams import tolerant_output
 
 ENDS_SWEEP = (COME_BACK, STOPPED, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
 """Statuses of a run that was told to stop: the next one would be in the way of whoever said so."""
@@ -65,7 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for what the user can fix, 130 for Ctrl-C, 75 where SIGUSR2 stopped the run, 77
     where a rank alone was told to stop, else that of the rank that failed first."""
     began = time.monotonic()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with tolerant_output():  # a run does not end because nobody watches any more
+        return _main(list(sys.argv[1:] if argv is None else argv), began)
+
+
+def _main(argv: list[str], began: float) -> int:
     try:
         arguments = parse(argv)
         if arguments.help:

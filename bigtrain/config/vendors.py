@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Generator
 from importlib.metadata import PackageNotFoundError, version
 
@@ -31,11 +32,14 @@ def check_versions() -> None:
 @contextlib.contextmanager
 def importing() -> Generator[None]:
     """For the import of torch and the vendors. They make objects by the million and drop few: a garbage collector that
-    looks through them again and again takes a fifth of the time (docs/log.md)."""
-    was_on = gc.isenabled()
+    looks through them again and again takes a fifth of the time, and as much again once it is back (docs/log.md). So
+    it never looks at what the first import of torch has made, which stays as long as the process."""
+    was_on, is_first = gc.isenabled(), "torch" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
+        if is_first:  # later there may be engines, whose cycles are to be collected
+            gc.freeze()
         if was_on:
             gc.enable()

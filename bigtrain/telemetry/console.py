@@ -7,50 +7,21 @@ steps, so that a month of training stays readable.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bigtrain.config import epochs
+from bigtrain.telemetry.streams import tolerant
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _WIDE = 120
 """Columns of a terminal that has room for a bar beside the numbers."""
-
-
-class _Tolerant:
-    """A stream whose reader may go: a terminal that is closed, the other end of a pipe. It says nothing more then, and
-    training goes on, or is saved first where the same has sent SIGHUP."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._read_by_nobody():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._read_by_nobody():
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextmanager
-    def _read_by_nobody(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 class Console:
@@ -67,7 +38,7 @@ class Console:
         """`log_interval`: steps between lines where `stream` (standard output if None) is no terminal."""
         self._enabled = enabled
         self._log_interval = max(1, log_interval)
-        self._stream = cast("TextIO", _Tolerant(stream if stream is not None else sys.stdout))
+        self._stream = tolerant(stream if stream is not None else sys.stdout)
         self._clock = clock
         self._num_steps = 0
         self._first: tuple[int, float] | None = None

@@ -176,6 +176,14 @@ def test_garbage_is_collected_again_behind_an_import() -> None:
     assert gc.isenabled()
 
 
+def test_only_what_the_first_import_of_torch_makes_is_never_garbage() -> None:
+    program = (
+        "import gc\nfrom bigtrain.config.vendors import importing\nwith importing(): import torch\n"
+        "assert gc.get_freeze_count() > 10_000\ngc.unfreeze()\nwith importing(): pass\nassert not gc.get_freeze_count()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize("command", ["launch", "train", "generate"])
 def test_another_version_is_refused_before_anything_is_imported(tmp_path: Path, command: str) -> None:
     """A vendor that has moved a name would end in an ImportError."""
