@@ -35,7 +35,7 @@ test-fast: install  ## the quick tests, under 2 minutes
 certify: install  ## every layout on up to 8 CPU ranks against Transformers: up to 40 minutes
 	$(BIN)/python tools/layouts.py --all --json runs/layouts.json --page runs/layouts.html
 
-drill: install  ## make a small run fail in every way, in every phase: an hour or so
+drill: install  ## make a small run fail in every way, in every phase: up to 40 minutes
 	$(BIN)/python tools/drill.py --json runs/drill.json --page runs/drill.html
 
 lint: install  ## ruff, pyright, import-linter

@@ -41,7 +41,7 @@ For each cell it is proven that
 The JSON and the page are written after each cell. What a failed cell left is kept, and named.
 
 examples:
-  python tools/drill.py                                  # all cells: an hour or so on two cores
+  python tools/drill.py                                  # all cells: up to 40 minutes on two cores
   python tools/drill.py --only 'kill-*:save,stopped'     # these
   python tools/drill.py --list                           # what there is
 
