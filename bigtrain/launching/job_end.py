@@ -18,7 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bigtrain.config import frozen
@@ -40,6 +40,9 @@ LASTING = re.compile(r"disabled|invalid|denied|permission|finished", re.IGNORECA
 """What Slurm says of a requeue that it will never do."""
 OUT_OF_MEMORY = 128 + 125
 """srun's status where Slurm's own watch over a node's memory has seen the kernel kill (SIG_OOM of its slurm.h)."""
+MAX_IDLE = 5
+"""Starts in a row that are warned of the time limit before they have done a step: more would do no better."""
+IS_IDLE = f"not queued again: no step was done in {MAX_IDLE} starts: ask for more time (cluster.time)"
 WAS_STOPPED = "not queued again: a signal has stopped the run, which is saved; the same command goes on"
 
 
@@ -75,11 +78,15 @@ def end(config: Config, job: Job, status: int) -> int:
         print(AT_LIMIT if is_at_limit else IS_ENDING.format(state=state), file=sys.stderr, flush=True)
         return saved or status
     if saved:
-        _keep(run_dir, job.id, [])
+        is_over = saved == COME_BACK or is_at_limit
         is_preempted = shown.get("PreemptTime", "None") not in NO_TIME
-        if cluster.requeue and (saved == COME_BACK or is_at_limit or is_preempted):
+        idle = _idle(run_dir, job) if is_over and not is_preempted else 0
+        _keep(run_dir, job.id, [], idle=idle)
+        if cluster.requeue and idle >= MAX_IDLE:
+            print(IS_IDLE, file=sys.stderr, flush=True)
+        elif cluster.requeue and (is_over or is_preempted):
             return _queue_again(job.id, saved)
-        if saved == STOPPED:
+        elif saved == STOPPED:
             print(WAS_STOPPED, file=sys.stderr, flush=True)
         return saved
     found = cause(run_dir, ends, job, status)
@@ -103,17 +110,22 @@ def _saved(ends: Sequence[RankEnd], status: int) -> int:
     return next((one for one in (COME_BACK, STOPPED) if one in said), 0)
 
 
+def _idle(run_dir: Path, job: Job) -> int:
+    """Starts of the job in a row, with this one, that have done no step: an evaluation that is owed takes longer than
+    the time limit, say, and each start breaks it off."""
+    _, has_stepped = failure.progress(run_dir, _metrics_before(run_dir, job.start))
+    kept = failures.read_json(_history(run_dir), job.id) or {}
+    return 0 if has_stepped else kept.get("idle", 0) + 1
+
+
 def cause(run_dir: Path, ends: Sequence[RankEnd], job: Job, status: int) -> Failure:
     """Why the ranks failed, by how those ended that were there to tell, and by which are missing."""
     metrics = _metrics_before(run_dir, job.start)
     failed = [each for each in ends if each.returncode != 0 and not each.was_told]
+    failed.sort(key=lambda each: failure.likeliness(each.returncode, failure.fell(run_dir, each, job.start)))
     by_themselves = [each for each in failed if not failure.is_effect(run_dir, each, job.start)]
     if by_themselves:
-        likeliest = sorted(
-            by_themselves,
-            key=lambda each: failure.likeliness(each.returncode, failure.fell(run_dir, each, job.start)),
-        )
-        return failure.find(run_dir, likeliest, job.start, metrics)
+        return failure.find(run_dir, by_themselves, job.start, metrics)
     step, has_stepped = failure.progress(run_dir, metrics)
     verdict = failure.hang(run_dir, job.start, has_stepped=has_stepped)
     if verdict is not None:
@@ -122,6 +134,9 @@ def cause(run_dir: Path, ends: Sequence[RankEnd], job: Job, status: int) -> Fail
         text = f"the ranks never began, srun ended with status {status}: see its lines above"
         return Failure("crash", text, failure.NEVER_BEGAN, status, None, 0, False)
     lost = missing([each.rank for each in ends], _hosts(run_dir, job))
+    if not lost and failed:  # a collective that timed out, say
+        found = failure.find(run_dir, failed, job.start, metrics)
+        return replace(found, cause=f"{found.cause} (every rank that failed blames another; this one did first)")
     if not lost:
         text = f"srun ended with status {status}, and no rank says why"
         return Failure("crash", text, f"status {status}", status, None, step, has_stepped)
@@ -199,9 +214,11 @@ def _kept(run_dir: Path, job_id: str) -> list[Failure]:
     return [Failure(**each) for each in found["failures"]]
 
 
-def _keep(run_dir: Path, job_id: str, failed: Sequence[Failure]) -> None:
+def _keep(run_dir: Path, job_id: str, failed: Sequence[Failure], *, idle: int = 0) -> None:
+    """`idle`: of `_idle`."""
+    record = {"start": job_id, "failures": [asdict(each) for each in failed], "idle": idle}
     with contextlib.suppress(OSError):
-        failures.write_json(_history(run_dir), {"start": job_id, "failures": [asdict(each) for each in failed]})
+        failures.write_json(_history(run_dir), record)
 
 
 def _history(run_dir: Path) -> Path:

@@ -38,18 +38,25 @@ _OF_A_LOST_PEER = re.compile(
     "socket timeout|communicator was aborted|failed to recv|failed to send|"
     "connection timed out|no route to host|timed out waiting|application timeout caused pair closure|"
     "unhandled system error|waiting for clients|collective operation timeout|timed out in blocking wait|nccl timeout|"
-    "wait timeout after|timeout waiting for key|client socket has timed out",
+    "wait timeout after|timeout waiting for key",
     re.IGNORECASE,
 )
+"""Not "client socket has timed out": that one never had a peer, and names the address where it looked for one."""
 
 
 def start_of(environment: Mapping[str, str] = os.environ) -> str:
     """A name for this start of all ranks: the same on each and in what started them, and another after a restart.
 
-    Not so where another launcher gives all starts one address and port, as a PyTorchJob of Kubernetes does: who reads
-    there (`bigtrain.trainer.hang`) goes by the time as well."""
+    Not so where another launcher gives all starts one address and port (`starts_have_names`)."""
     values = "\n".join(f"{name}={environment.get(name, '')}" for name in _OF_A_START)
     return hashlib.sha256(values.encode()).hexdigest()[:12]
+
+
+def starts_have_names(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `start_of` is another one for every start: our own launchers see to that, by a port of its own. A
+    PyTorchJob of Kubernetes gives all starts one address, port and id, and a person may start torchrun twice, also
+    inside of one Slurm job: who reads there goes by the time as well."""
+    return bool(environment.get(SPOKEN_FOR))
 
 
 def place_file(run_dir: Path, rank: int) -> Path:

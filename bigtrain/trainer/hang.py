@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bigtrain.config.schema import WatchdogConfig
 from bigtrain.telemetry import failures
 from bigtrain.trainer.stacks import short
 from bigtrain.trainer.verdict import verdict, where
@@ -23,9 +24,9 @@ VERDICT_S = 6.0
 """So long may the one that makes the verdict take then."""
 CLOCKS_S = 60.0
 """By so much the clocks of two machines may differ."""
-BEGIN_S = 600.0
-"""Ranks of one start begin within so long. Where all starts have one name (`failures.start_of`), a place from before is
-of an earlier start, and its rank has not begun in this one."""
+BEGIN_S = WatchdogConfig.startup_s
+"""Ranks of one start begin within so long. Where starts may share a name (`failures.starts_have_names`), a place from
+before is of an earlier start, and its rank has not begun in this one."""
 _POLL_S, _POLL_S_A_RANK, _LONGEST_POLL_S = 0.1, 0.002, 2.0
 """Between two looks, longer the more ranks look at one file system."""
 _STATES = {
@@ -52,7 +53,8 @@ class Hang:
     def __init__(self, run_dir: Path, *, rank: int, world: int, begun: float, host: str) -> None:
         """`begun`: when this rank began, of time.time(); an alarm from before is of an earlier start."""
         self._run_dir, self._rank, self._world, self._begun, self._host = run_dir, rank, world, begun, host
-        self._start = failures.start_of()
+        self._start, self._is_named = failures.start_of(), failures.starts_have_names()
+        self._alarmed: float | None = None  # when, by the clock of who raised the alarm that this rank answers
         self._poll_s = min(_POLL_S + _POLL_S_A_RANK * world, _LONGEST_POLL_S)
 
     @property
@@ -69,14 +71,18 @@ class Hang:
     def raise_alarm(self, phase: str, *, step: int, seconds: float, limit_s: float) -> dict[str, Any]:
         """Tell all ranks. Returns what they are told. Where the disk takes nothing each has only its own limits."""
         found = {"rank": self._rank, "phase": phase, "step": step, "seconds": seconds, "limit_s": limit_s}
-        found["time"] = time.time()
+        found["time"] = self._alarmed = time.time()
         with contextlib.suppress(OSError):
             failures.write_json(self._file(self._alarm), {"start": self._start, **found})
         return found
 
     def alarm(self) -> dict[str, Any] | None:
         """What a rank has told."""
-        return self._written(self._file(self._alarm), self._begun - CLOCKS_S)
+        found = failures.read_json(self._file(self._alarm), self._start)
+        if found is None or found["time"] <= self._begun - CLOCKS_S:
+            return None
+        self._alarmed = found["time"]
+        return found
 
     def answer(self, place: dict[str, Any], threads: list[dict[str, Any]]) -> None:
         """Say where this rank is."""
@@ -86,6 +92,7 @@ class Hang:
             lines += [f"  {file}:{line} ({function})" for file, line, function in each["frames"]]
             lines += [f"  last collective: {each['collective']}"] if each["collective"] else []
         record = {"rank": self._rank, "host": self._host, "pid": os.getpid(), **place, "threads": threads}
+        record["alarm"] = self._alarmed
         with contextlib.suppress(OSError):
             failures.write_json(
                 self._file(f"rank-{self._rank}.json"), {"start": self._start, "time": time.time(), **record}
@@ -107,13 +114,14 @@ class Hang:
 
     def _reports(self, wait_s: float, alarmed: float) -> dict[int, dict[str, Any]]:
         """What the ranks say, by rank: of all, or of those that have said it after `wait_s`. `alarmed`: when they were
-        asked, of time.time(); what a rank said before that is of an earlier start."""
+        asked, of time.time(); what a rank said before that, where starts may share a name, is of an earlier one,
+        unless it names this very alarm: its clock is wrong then. Two ranks may raise one at once."""
         deadline = time.monotonic() + wait_s
         reports: dict[int, dict[str, Any]] = {}
         while True:
             for rank in self._answered() - reports.keys():
-                found = self._written(self._file(f"rank-{rank}.json"), alarmed - CLOCKS_S)
-                if found is not None:
+                found = failures.read_json(self._file(f"rank-{rank}.json"), self._start)
+                if found is not None and (found.get("alarm") == alarmed or self._is_new(found, alarmed - CLOCKS_S)):
                     reports[rank] = found
             if len(reports) == self._world or time.monotonic() >= deadline:
                 return reports
@@ -146,8 +154,8 @@ class Hang:
 
     def _silence(self, rank: int) -> str:
         """Why a rank does not answer, as far as it can be seen from here."""
-        place = self._written(failures.place_file(self._run_dir, rank), self._begun - BEGIN_S)
-        if place is None:
+        place = failures.read_json(failures.place_file(self._run_dir, rank), self._start)
+        if place is None or not self._is_new(place, self._begun - BEGIN_S):
             return "has never started"
         if place["host"] != self._host:
             return f"does not answer (on {place['host']})"
@@ -159,10 +167,10 @@ class Hang:
             return f"is in {kept}, and keeps Python's interpreter"
         return f"does not answer (state {state}: {_STATES.get(state, 'unknown')})"
 
-    def _written(self, path: Path, since: float) -> dict[str, Any] | None:
-        """What a rank has written in this start, and not before `since` (of time.time())."""
-        found = failures.read_json(path, self._start)
-        return found if found is not None and found["time"] > since else None
+    def _is_new(self, found: dict[str, Any], since: float) -> bool:
+        """Whether a file with the name of this start is of it: by that alone, or not from before `since` (of
+        time.time())."""
+        return self._is_named or found["time"] > since
 
     def _is_concluded(self) -> bool:
         return failures.read_json(self._file("verdict.json"), self._start) is not None

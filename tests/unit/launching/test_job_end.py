@@ -117,6 +117,23 @@ def test_a_lost_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_where_all_blame_another_the_first_says_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's watchdogs time out on all ranks at once."""
+    begun(tmp_path)
+    steps(tmp_path, 7)
+    for rank in (2, 0, 1, 3):
+        error = RuntimeError(f"[Rank {rank}] Watchdog caught collective operation timeout: OpType=ALLREDUCE")
+        crashed(tmp_path, rank, error, monkeypatch, step=8)
+        ended(tmp_path, RankEnd(rank, 1))
+        time.sleep(0.01)
+    found = cause(tmp_path, [RankEnd.from_record(each) for each in failures.ends(tmp_path, JOB.start, WORLD)], JOB, 1)
+    assert found.cause == (
+        "rank 2: RuntimeError: [Rank 2] Watchdog caught collective operation timeout: OpType=ALLREDUCE "
+        "(every rank that failed blames another; this one did first)"
+    )
+    assert (found.rank, found.sign, found.step, found.has_stepped) == (2, "RuntimeError", 8, True)
+
+
 def test_srun_could_not_start_a_rank(tmp_path: Path) -> None:
     """An image that is not there, say."""
     steps(tmp_path, 9)
@@ -218,6 +235,29 @@ def test_rank_0_has_saved_whatever_the_others_end_with(config: Config, slurm: li
     ended(Path(config.run.dir), RankEnd(0, COME_BACK), RankEnd(1, -9))
     assert end(config, JOB, 137) == COME_BACK
     assert slurm == [("requeue", "7")]
+
+
+def test_a_job_that_does_no_step_is_not_queued_again_for_ever(
+    config: Config, slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An evaluation that is owed takes longer than the time limit: each start breaks it off."""
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir()
+
+    def start(done: int, to: int) -> int:
+        begun(run_dir)
+        steps(run_dir, to - done, resume_step=done)
+        return end(config, JOB, COME_BACK)
+
+    start(0, 3)
+    for _ in range(4):
+        start(3, 3)
+    start(3, 4)  # counted anew
+    for _ in range(4):
+        start(4, 4)
+    assert len(slurm) == 10
+    assert start(4, 4) == COME_BACK and len(slurm) == 10
+    assert "not queued again: no step was done in 5 starts: ask for more time" in capsys.readouterr().err
 
 
 def test_a_run_that_was_told_to_stop_is_saved_and_not_done(

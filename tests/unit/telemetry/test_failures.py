@@ -81,7 +81,7 @@ NCCL_CUDA = ", NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA functio
         (dist.DistStoreError("wait timeout after 600000ms, keys: /default_pg/0//cuda//0"), True),
         (
             dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (n, 1)"),
-            True,
+            False,  # nobody was ever there
         ),
         (RuntimeError("CUDA out of memory"), False),
         (dist.DistBackendError(f"NCCL error in: NCCLUtils.cpp:93, unhandled cuda error{NCCL_CUDA}"), False),

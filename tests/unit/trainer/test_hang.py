@@ -102,7 +102,7 @@ def test_a_rank_that_has_not_begun_yet_says_nothing_by_what_it_said_in_an_earlie
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the same name: Kubernetes gives every start one address and port."""
-    monkeypatch.setenv(failures.SPOKEN_FOR, "1")
+    monkeypatch.delenv(failures.SPOKEN_FOR, raising=False)
     monkeypatch.setattr(hang, "ANSWER_S", 0.2)
     now = time.time()
     first, second = (Hang(tmp_path, rank=rank, world=2, begun=now, host="here") for rank in range(2))
@@ -116,6 +116,41 @@ def test_a_rank_that_has_not_begun_yet_says_nothing_by_what_it_said_in_an_earlie
     said.write_text(json.dumps({**json.loads(said.read_text()), "time": now - 3600}))
     first.conclude({**ALARM, "time": now})
     assert "rank 1 has never started; rank 0 is in" in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_rank_whose_clock_is_wrong_is_not_accused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_named: bool
+) -> None:
+    monkeypatch.setenv(failures.SPOKEN_FOR, "1" if is_named else "")
+    monkeypatch.setattr(hang, "ANSWER_S", 0.2)
+    now = time.time()
+    first, second = (Hang(tmp_path, rank=rank, world=2, begun=now, host="here") for rank in range(2))
+    for each in (first, second):
+        each.begin()
+    alarm = first.raise_alarm("step", step=3, seconds=9.0, limit_s=8.0)
+    first.answer({"phase": "step", "step": 3, "thread": 1}, [])
+    if not is_named:
+        assert second.alarm() is not None  # its answer says which it is to
+    with monkeypatch.context() as patch:
+        patch.setattr(hang.time, "time", lambda: now - 61)
+        second.answer({"phase": "step", "step": 3, "thread": 1}, [])
+    first.conclude(alarm)
+    assert "ranks 0-1 are in an unknown place" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_rank_that_began_long_before_the_others_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the start has a name of its own: then nothing of it is of an earlier one."""
+    monkeypatch.setenv(failures.SPOKEN_FOR, "1")
+    monkeypatch.setattr(hang, "ANSWER_S", 0.2)
+    now = time.time()
+    place = {"start": failures.start_of(), "host": "node7", "pid": 1, "time": now - 3600}
+    failures.write_json(failures.place_file(tmp_path, 1), place)
+    first = Hang(tmp_path, rank=0, world=2, begun=now, host="here")
+    first.begin()
+    first.answer({"phase": "step", "step": 3, "thread": 1}, [])
+    first.conclude({**ALARM, "time": now})
+    assert "rank 1 does not answer (on node7)" in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_state_of_a_process() -> None:
