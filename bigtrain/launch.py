@@ -108,6 +108,8 @@ def launch(config: Config, arguments: Arguments, *, began: float) -> int:
     if config.dry_run:
         print(plan(config))
         return 0
+    if arguments.freeze or not outcome.already_finished(config, arguments.settings):
+        _refuse(_memory(config))
     if config.cluster.kind == "slurm" and not arguments.freeze:
         slurm.require(Batch.of_run(config))
     slurm.refuse_live_job(config)
@@ -116,6 +118,7 @@ def launch(config: Config, arguments: Arguments, *, began: float) -> int:
         if finished and not arguments.freeze:
             print("\n".join([*outcome.damage(Path(config.run.dir)), *finished]))
             return 0
+        print("".join(f"{line}\n" for line in outcome.damage(Path(config.run.dir))), end="", flush=True)
         _freeze(config)
         if arguments.freeze or config.cluster.kind == "slurm":
             copy_code(Path(config.run.dir) / CODE)
@@ -133,6 +136,8 @@ def launch_sweep(arguments: Arguments) -> int:
     )
     config, is_slurm = asked.first, asked.first.cluster.kind == "slurm"
     _refuse([*sweep.problems(asked), *(problem for run in asked.runs for problem in _problems(run.config))])
+    if not config.dry_run:
+        _refuse([problem for run in asked.runs for problem in _memory(run.config)])
     if config.dry_run:
         print(f"{sweep.table(asked)}\n\nthe first of them:\n\n{plan(config, asked.batch)}")
         return 0
@@ -178,9 +183,12 @@ def _one_by_one(found: Sweep) -> int:
 
 def _problems(config: Config) -> list[Problem]:
     prepared = not config.data.prepare.inputs
-    found = check(config, world_size(config))
-    memory = [] if found else memory_plan.problems(config, machine.room(config))  # its formula wants a sound layout
-    return [*found, *preflight(config, prepared=prepared), *memory]
+    return [*check(config, world_size(config)), *preflight(config, prepared=prepared)]
+
+
+def _memory(config: Config) -> list[Problem]:
+    """Of a config with no `_problems`: the formula wants a sound layout."""
+    return list(memory_plan.problems(config, machine.room(config)))
 
 
 def _freeze(config: Config) -> None:

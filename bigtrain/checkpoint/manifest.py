@@ -8,11 +8,12 @@ of the manifest itself.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -22,6 +23,7 @@ MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
 INDEX = ".metadata"
 """torch.distributed.checkpoint's own file: which rectangle of which tensor lies where."""
+_NEEDED = re.compile(r"\.metadata|state\.json|.*\.distcp")
 _READ_BYTES = 8 << 20
 
 
@@ -117,14 +119,34 @@ def misfits(folder: Path, known: Manifest) -> dict[str, str]:
     return found
 
 
-def problems(folder: Path) -> list[str]:
-    """What its manifest and the sizes of its files tell against a committed checkpoint, in words. Raises nothing."""
+def is_needed(name: str) -> bool:
+    """Whether a run that goes on reads this file of a checkpoint. It does not read the tokenizer's: it has its own."""
+    return bool(_NEEDED.fullmatch(name))
+
+
+class Problems(NamedTuple):
+    """What is wrong with a committed checkpoint, in words."""
+
+    damage: list[str]
+    """Of what a run needs to go on from it."""
+    beside: list[str]
+    """Of files that no run needs to go on."""
+    unknown: str
+    """Why it cannot be told; empty where it can."""
+
+
+def problems(folder: Path) -> Problems:
+    """What its manifest and the sizes of its files tell against a committed checkpoint. Raises nothing."""
     try:
-        return [f"{name}: {problem}" for name, problem in misfits(folder, read(folder)).items()]
+        found = misfits(folder, read(folder))
     except UserError as error:
-        return [str(error).removeprefix(f"checkpoint {folder}: ")]
+        words = str(error).removeprefix(f"checkpoint {folder}: ")
+        return Problems([words], [], "") if isinstance(error, DamagedCheckpoint) else Problems([], [], words)
     except OSError as error:
-        return [f"it cannot be read: {error.strerror}"]
+        return Problems([], [], error.strerror or str(error))
+    told = {name: f"{name}: {problem}" for name, problem in found.items()}
+    damage = [words for name, words in told.items() if is_needed(name)]
+    return Problems(damage, [words for name, words in told.items() if not is_needed(name)], "")
 
 
 def file_of(path: Path, progress: Callable[[int], None] | None = None) -> File:

@@ -90,8 +90,8 @@ def load(
     before (it raises UserError for one that is not wanted). Collective.
 
     Raises UserError for a checkpoint of another model, naming the first tensor that does not fit, and its subclass
-    DamagedCheckpoint for one that is not what was saved: what is read, or the names and sizes of its files."""
-    return _load(folder, fragments, lambda state: _check_whole(folder, state) or fits(state), every_file=True)
+    DamagedCheckpoint for one that is not what was saved: what is read, or the sizes of the files that are."""
+    return _load(folder, fragments, lambda state: _check_whole(folder, state) or fits(state), check_sizes=True)
 
 
 def load_weights(folder: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
@@ -118,13 +118,13 @@ def _load(
     fragments: Iterable[Fragment],
     fits: Callable[[dict[str, Any]], None] = lambda state: None,
     *,
-    every_file: bool = False,
+    check_sizes: bool = False,
 ) -> dict[str, Any]:
     held = list(fragments)
     wanted = state_dict_of(held, only_owned=False)
     owned = cast("dict[str, GlobalTensor]", state_dict_of(held, only_owned=True))
     shapes = {name: each.shape for name, each in wanted.items()}
-    state, expected = _agreed(lambda: _look(folder, shapes, fits, every_file=every_file))
+    state, expected = _agreed(lambda: _look(folder, shapes, fits, check_sizes=check_sizes))
     reader = SafeReader(folder, hashed=[(name, offsets) for name, tensor in owned.items() for offsets in tensor.chunks])
     try:
         dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
@@ -151,11 +151,11 @@ def _of_load(folder: Path, error: CheckpointException) -> BaseException:
 
 
 def _look(
-    folder: Path, wanted: Mapping[str, torch.Size], fits: Callable[[dict[str, Any]], None], *, every_file: bool
+    folder: Path, wanted: Mapping[str, torch.Size], fits: Callable[[dict[str, Any]], None], *, check_sizes: bool
 ) -> tuple[dict[str, Any], dict[str, manifest.Tensor]]:
     """What is known of a checkpoint before its tensors are read. Raises UserError for one that is not wanted.
 
-    `every_file`: also those that are not read here must be there, and as long as they were."""
+    `check_sizes`: the files that will be read, by any rank, must be there, and as long as they were."""
     state, known = folders.state_of(folder), manifest.read(folder)
     expected = known.tensors
     fits(state)
@@ -166,8 +166,9 @@ def _look(
     if known.files.get(folders.STATE) != manifest.file_of(folder / folders.STATE):
         raise DamagedCheckpoint(f"checkpoint {folder}: {folders.STATE} has changed since it was saved")
     is_first = not dist.is_initialized() or dist.get_rank() == 0  # there is a file a rank: not all ask for all
-    if misfits := manifest.misfits(folder, known) if every_file and is_first else {}:
-        told, *others = [f"{name}: {problem}" for name, problem in misfits.items()]
+    misfits = manifest.misfits(folder, known) if check_sizes and is_first else {}
+    if needed := [f"{name}: {problem}" for name, problem in misfits.items() if manifest.is_needed(name)]:
+        told, *others = needed
         more = f", and {len(others)} more" if others else ""
         raise DamagedCheckpoint(f"checkpoint {folder}: {told}{more}")
     return state, expected

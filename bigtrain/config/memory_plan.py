@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bigtrain.config.check import check
 from bigtrain.config.derive import state_bytes, with_unit, world_size
 from bigtrain.config.problem import Problem
 from bigtrain.config.schema import Config
 
 TIGHT = 0.9
 """Share of a device above which the training state alone is worth a warning. What is proposed stays below it."""
+ELSEWHERE = "where the run is for other machines, set cluster.device_memory_gib to what theirs have"
 MOST = 4096
 """Ranks or nodes up to which a larger run is looked for that fits."""
 
@@ -31,9 +33,9 @@ class Room:
     """Whose memory it is, and in brackets who says so, where that is a setting or a program."""
 
 
-def held_bytes(config: Config, *, is_shared: bool, data: int | None = None, num_nodes: int | None = None) -> int:
+def held_bytes(config: Config, *, is_shared: bool, data: int | None = None) -> int:
     """Bytes that a device surely holds at the end of a step's accumulation, before the update: the GPU of a rank on the
-    fullest stage; where ranks share, a machine on average, so that one holds no less. `data`, `num_nodes`: other than
+    fullest stage; where ranks share, a machine on average, so that one holds no less. `data`: data ranks, other than
     the config's own."""
     parallel = config.parallel
     data = data or world_size(config) // (parallel.tensor * parallel.pipeline)
@@ -42,7 +44,7 @@ def held_bytes(config: Config, *, is_shared: bool, data: int | None = None, num_
         stage.weights + stage.gradients + stage.optimizer + keeps_gathered * stage.gathered
         for stage in state_bytes(config, data)
     ]
-    return sum(held) * parallel.tensor * data // (num_nodes or config.cluster.num_nodes) if is_shared else max(held)
+    return sum(held) * parallel.tensor * data // config.cluster.num_nodes if is_shared else max(held)
 
 
 def problems(config: Config, room: Room | None) -> Iterator[Problem]:
@@ -54,14 +56,14 @@ def problems(config: Config, room: Room | None) -> Iterator[Problem]:
     machine = "this machine" if config.cluster.kind == "local" else "each machine"
     where = machine if room.is_shared else "each rank"
     message = (
-        f"its weights, gradients and optimizer state take {_gib(held)} on {where} ({layout}), activations not counted, "
-        f"and {room.of} has {_gib(room.size_bytes)}"
+        f"its weights, gradients and optimizer state take {with_unit(held)} on {where} ({layout}), activations not "
+        f"counted, and {room.of} has {with_unit(room.size_bytes)}"
     )
-    yield Problem("model.name", config.model.name, message, _fix(config, room))
+    yield Problem("model.name", config.model.name, message, f"{_fix(config, room)}; {ELSEWHERE}")
 
 
 def told(config: Config, room: Room | None) -> list[str]:
-    """The line of the plan, and a warning where little is left for activations."""
+    """The line of the plan, and a warning where it does not fit or little is left for activations."""
     is_shared = config.cluster.device == "cpu" if room is None else room.is_shared
     held = held_bytes(config, is_shared=is_shared)
     line = f"{'training state':<20} {with_unit(held)} {'a machine' if is_shared else 'a rank'} before the update, "
@@ -70,7 +72,9 @@ def told(config: Config, room: Room | None) -> list[str]:
         return [f"{line}without activations; what a {device} has is not known: cluster.device_memory_gib"]
     share, size = held / room.size_bytes, _gib(room.size_bytes)
     lines = [f"{line}without activations: {share:.1%} of {size}"]
-    if share > TIGHT:
+    if refused := next(problems(config, room), None):
+        lines.append(f"warning: without dry_run this is refused: {refused}")
+    elif share > TIGHT:
         lines.append(
             f"warning: {room.of} has {size}, of which weights, gradients and optimizer state alone take {share:.0%}; "
             f"activations come on top. {_fix(config, room)}."
@@ -105,19 +109,34 @@ def _larger(config: Config, room: Room, most: int) -> Iterator[str]:
     changed = {"zero_stage": 3, **({"gather": "microbatch"} if parallel.gather == "step" else {})}
     named = {f"parallel.{key}": value for key, value in changed.items() if getattr(parallel, key) != value}
     lean, group = replace(config, parallel=replace(parallel, **changed)), parallel.tensor * parallel.pipeline
-    if not room.is_shared:
+    if cluster.kind == "slurm":
+        yield from _more_nodes(lean, named, room, most)
+    elif not room.is_shared:
         for data in range(_data(config) + 1, MOST // group + 1):
             if (held := held_bytes(lean, is_shared=False, data=data)) <= most:
                 also = f" with {' '.join(_written(named))}" if named else ""
                 yield f"Start {data * group} ranks or more{also}, which takes {_gib(held)} on each"
                 return
-    elif cluster.kind == "slurm":
-        for nodes in range(cluster.num_nodes + 1, MOST // cluster.procs_per_node + 1):
-            data, left = divmod(nodes * cluster.procs_per_node, group)
-            if not left and (held := held_bytes(lean, is_shared=True, data=data, num_nodes=nodes)) <= most:
-                settings = " ".join(_written({"cluster.num_nodes": nodes, **named}))
-                yield f"Set {settings}, which takes {_gib(held)} on each"
-                return
+
+
+def _more_nodes(lean: Config, named: dict[str, Any], room: Room, most: int) -> Iterator[str]:
+    """The smallest number of whole nodes on which `lean` fits and is sound; where none is, the smallest on which it
+    fits. `named`: what makes it lean."""
+    cluster, group = lean.cluster, lean.parallel.tensor * lean.parallel.pipeline
+    each, smallest = "machine" if room.is_shared else "rank", ""
+    for nodes in range(cluster.num_nodes + 1, MOST // cluster.procs_per_node + 1):
+        larger = replace(lean, cluster=replace(cluster, num_nodes=nodes))
+        if world_size(larger) % group or (held := held_bytes(larger, is_shared=room.is_shared)) > most:
+            continue
+        settings = " ".join(_written({"cluster.num_nodes": nodes, **named}))
+        fix = f"Set {settings}, which takes {_gib(held)} on each {each}"
+        if not check(larger, world_size(larger)):
+            yield fix
+            return
+        whole = f"with a train.global_batch_size and data.num_lanes that {_data(larger)} data ranks divide"
+        smallest = smallest or f"{fix}, {whole}"
+    if smallest:
+        yield smallest
 
 
 def _written(settings: dict[str, Any]) -> list[str]:

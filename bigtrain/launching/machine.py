@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def _gpus_of_driver() -> int:
     if tool is None:
         return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     try:
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
+        listed = _output([tool, "-L"], timeout_s=20)
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
@@ -141,8 +141,12 @@ def _gpu_bytes(tool: str | None) -> tuple[int, ...]:
     """Memory of each GPU, as `tool` (nvidia-smi) says; none where it does not. Not yet run on a GPU."""
     command = [str(tool), "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # in MiB
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False) if tool else None
+        listed = _output(command, timeout_s=5) if tool else None
     except (OSError, subprocess.TimeoutExpired):
         return ()
     lines = listed.stdout.splitlines() if listed and not listed.returncode else []
-    return tuple(int(line) << 20 for line in lines) if all(line.strip().isdigit() for line in lines) else ()
+    return tuple(int(line) << 20 for line in lines) if all(line.strip().isdecimal() for line in lines) else ()
+
+
+def _output(command: Sequence[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)

@@ -74,12 +74,19 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def damage(run_dir: Path) -> list[str]:
-    """A warning where the newest checkpoint is not what was saved, as far as `manifest.problems` sees."""
+    """Warnings where the newest checkpoint is not what was saved, as far as `manifest.problems` sees: whether a run can
+    go on from it is said."""
     newest = newest_checkpoint(run_dir)
-    if newest is None or not (wrong := manifest.problems(newest)):
+    if newest is None:
         return []
+    found = manifest.problems(newest)
+    told = {
+        "is damaged, no run can go on from it": "; ".join(found.damage),
+        "has lost what a run does not need to go on": "; ".join(found.beside),
+        "cannot be checked": found.unknown,
+    }
     verify = f"python tools/checkpoint.py verify {short(newest)}"
-    return [f"warning: its newest checkpoint is not what was saved: {'; '.join(wrong)}. Look: {verify}"]
+    return [f"warning: {short(newest)} {what}: {why}. Look: {verify}" for what, why in told.items() if why]
 
 
 def already_finished(config: Config, typed: Sequence[str]) -> list[str]:

@@ -117,12 +117,16 @@ def _resume(config: Config) -> Iterator[Problem]:
         message = str(error).removeprefix(f"checkpoint {resume}: ").rstrip(".")
         yield Problem("checkpoint.resume", resume, message, "Write auto, never or the folder of a checkpoint")
         return
+    wrong = None if older else manifest.problems(found)  # of a run the ranks take an older one
     if state.get("weights_only"):
         message = "it has weights only, and no place in the data"
         yield Problem("checkpoint.resume", resume, message, "Set checkpoint.init_from instead")
-    elif not older and (wrong := manifest.problems(found)):  # of a run the ranks take an older one
-        message = f"it is not what was saved: {'; '.join(wrong)}"
+    elif wrong and wrong.damage:
+        message = f"it is not what was saved: {'; '.join(wrong.damage)}"
         yield Problem("checkpoint.resume", resume, message, "Put the file back, or name another checkpoint")
+    elif wrong and wrong.unknown:
+        message = f"it cannot be checked: {wrong.unknown}"
+        yield Problem("checkpoint.resume", resume, message, "Make it readable, or name another checkpoint")
     elif changed := difference(config, state.get("config", {})):
         key, saved, wanted = changed
         message = f"it is of another run: {key} is {saved} there, {wanted} here"

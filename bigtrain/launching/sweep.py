@@ -89,7 +89,8 @@ def problems(sweep: Sweep) -> Iterator[Problem]:
 
 
 def open_runs(sweep: Sweep, queue: Sequence[QueuedJob]) -> tuple[Sweep, list[str]]:
-    """The sweep without the runs that have nothing left to do or a job in the queue, and a line about each of those."""
+    """The sweep without the runs that have nothing left to do or a job in the queue, a line about each of those,
+    and a warning where the newest checkpoint of one that is finished or goes on is not what was saved."""
     left: list[SweptRun] = []
     told: list[str] = []
     for run in sweep.runs:
@@ -100,6 +101,7 @@ def open_runs(sweep: Sweep, queue: Sequence[QueuedJob]) -> tuple[Sweep, list[str
             told += [f"{short(run.run_dir)}: already finished", *damage(run.run_dir)]
         else:
             left.append(run)
+            told += damage(run.run_dir)
     return replace(sweep, runs=left), told
 
 

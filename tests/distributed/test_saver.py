@@ -210,29 +210,25 @@ def test_a_damaged_newest_one_is_passed_over(pool: PoolFactory, tmp_path: Path, 
     assert (checkpoints / "step-00000001").is_dir(), "the last one stays where it is"
 
 
-def test_a_file_that_no_rank_reads_counts_too(pool: PoolFactory, tmp_path: Path) -> None:
-    """By its name and size. Who wants the weights alone still gets them."""
+def test_a_file_that_no_rank_reads_costs_no_step(pool: PoolFactory, tmp_path: Path) -> None:
     wanted, checkpoints = config(keep=9), tmp_path / "checkpoints"
     pool(2).run(save_some, wanted, tmp_path, 2)
     (checkpoints / "step-00000002" / "tokenizer.model").unlink()
-    for step, _, (passed_over,), _ in pool(2).run(resume, wanted, tmp_path):
-        assert step == 1 and passed_over.folder.name == "damaged-step-00000002"
-        assert passed_over.reason.endswith("tokenizer.model: the file is missing, manifest.json says 1 bytes")
-    (checkpoints / "step-00000001" / "tokenizer.model").write_bytes(b"")
-    there_is_none = r"step-00000001: tokenizer.model: it has 0 bytes, .* There is no older one that is whole"
+    assert [(step, passed_over) for step, _, passed_over, _ in pool(2).run(resume, wanted, tmp_path)] == [(2, [])] * 2
+
+
+def test_a_file_of_another_size_that_is_put_back(pool: PoolFactory, tmp_path: Path) -> None:
+    """Of two ranks, rank 1's: the first looks for all. The checkpoint is whole again."""
+    wanted, checkpoints = config(keep=9), tmp_path / "checkpoints"
+    pool(2).run(save_some, wanted, tmp_path, 1)
+    part = checkpoints / "step-00000001" / "__1_0.distcp"
+    content = part.read_bytes()
+    part.unlink()
+    there_is_none = r"step-00000001: __1_0.distcp: the file is missing, .* There is no older one that is whole"
     with pytest.raises(RankError, match=there_is_none):
         pool(2).run(resume, wanted, tmp_path)
-    pool(2).run(only_weights, wanted, tmp_path)
-    (checkpoints / "step-00000001" / "tokenizer.model").write_bytes(b"t")
-    assert [step for step, *_ in pool(2).run(resume, wanted, tmp_path)] == [1, 1], "put back, it is whole again"
-
-
-def only_weights(config: Config, run_dir: Path) -> None:
-    from bigtrain.checkpoint import store
-    from bigtrain.engine import state
-
-    engine, _ = started(config, run_dir)
-    store.load_weights(run_dir / "checkpoints" / "step-00000001", state.fragments(engine))
+    part.write_bytes(content)
+    assert [step for step, *_ in pool(2).run(resume, wanted, tmp_path)] == [1, 1]
 
 
 def test_another_model_is_no_damage(pool: PoolFactory, tmp_path: Path) -> None:

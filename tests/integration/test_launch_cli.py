@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bigtrain import config as configs
+from bigtrain.checkpoint import folder as folders
 from bigtrain.config.compose import compose, conf_dir
 from bigtrain.launching import machine
 
@@ -105,18 +106,52 @@ def test_dry_run_shows_the_script_for_slurm(tmp_path: Path) -> None:
 
 def test_a_model_that_no_gpu_of_the_site_holds_is_refused(tmp_path: Path) -> None:
     """6.66 G weights on 16 GPUs: 54 GiB with ZeRO-1, 7 GiB with ZeRO-3."""
-    site = ["+cluster=slurm", "model=gpt_7b", "dry_run=true"]
-    said = refused(tmp_path, *site, "parallel.zero_stage=1", "cluster.device_memory_gib=40")
-    assert said == (
-        "error: model.name=gpt_7b: its weights, gradients and optimizer state take 54.3 GiB on each rank (bf16, ZeRO-1 "
-        "over 16 data ranks), activations not counted, and a GPU (cluster.device_memory_gib) has 40.0 GiB. "
-        "Set parallel.zero_stage=2, which takes 18.6 GiB, or choose a smaller model.\n"
+    small = ["+cluster=slurm", "model=gpt_7b", "parallel.zero_stage=1", "cluster.device_memory_gib=40"]
+    said = refused(tmp_path, *small)
+    taken, fix = said.split(" (58,", 1)
+    assert taken == "error: model.name=gpt_7b: its weights, gradients and optimizer state take 54.3 GiB"
+    assert fix.partition(" bytes) ")[2] == (
+        "on each rank (bf16, ZeRO-1 over 16 data ranks), activations not counted, and a GPU "
+        "(cluster.device_memory_gib) has 40.0 GiB (42,949,672,960 bytes). Set parallel.zero_stage=2, which takes "
+        "18.6 GiB, or choose a smaller model; where the run is for other machines, set cluster.device_memory_gib to "
+        "what theirs have.\n"
     )
+    shown = launch(tmp_path, *small, "dry_run=true")
+    assert shown.returncode == 0, shown.stderr
+    warning = f"warning: without dry_run this is refused: {said.removeprefix('error: ')}"
+    assert warning in shown.stdout and "would submit this script" in shown.stdout
+    two = ["--multirun", "run.seed=1,2"]
+    assert refused(tmp_path, *small, *two) == said
+    shown = launch(tmp_path, *small, *two, "dry_run=true")
+    assert shown.returncode == 0 and warning in shown.stdout, shown.stderr
+    site = ["+cluster=slurm", "model=gpt_7b", "dry_run=true"]
     for gib, share in ((80, "67.8%"), (56, "96.9%")):
         shown = launch(tmp_path, *site, "parallel.zero_stage=1", f"cluster.device_memory_gib={gib}")
         assert f"without activations: {share} of {gib}.0 GiB" in shown.stdout, shown.stderr
         assert shown.returncode == 0 and ("\nwarning: a GPU (" in shown.stdout) == (gib == 56)
     assert "what a GPU has is not known: cluster.device_memory_gib" in launch(tmp_path, *site).stdout
+
+
+def test_a_run_with_a_checkpoint(tmp_path: Path) -> None:
+    """One that has finished is not asked whether it fits; one that goes on is told what its checkpoint lost."""
+    command = ["run.name=r", CPU, *data(tmp_path), "train.num_steps=30"]
+    folder = tmp_path / "runs" / "r"
+    folders.prepare(folder / "checkpoints", 30, 0)
+    made = folders.commit(folder / "checkpoints", 30, {"format": folders.FORMAT}, {"tokenizer.model": b"t"})
+    (folder / "summary.json").write_text('{"steps": 30}', encoding="utf-8")
+    too_small = "cluster.device_memory_gib=0.001"
+    done = launch(tmp_path, *command, too_small)
+    assert done.returncode == 0 and done.stdout.startswith("already finished: 30 steps"), done.stderr
+    (made / "tokenizer.model").unlink()
+    assert launch(tmp_path, *command).stdout.startswith(
+        "warning: runs/r/checkpoints/step-00000030 has lost what a run "
+    )
+    (folder / "summary.json").unlink()
+    assert "0.001" not in refused(tmp_path, *command, too_small)
+    done = launch(tmp_path, *command, "--freeze")
+    assert done.stdout.startswith(
+        "warning: runs/r/checkpoints/step-00000030 has lost what a run does not need to go on"
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["dry_run=true", CPU], ["+cluster=slurm", "dry_run=true"]])

@@ -20,8 +20,10 @@ from bigtrain.config.schema import Config, ParallelConfig, PrecisionConfig
 GIB = 2**30
 
 
-def config_of(*, ranks: int = 4, nodes: int = 1, dtype: str = "bf16", device: str = "cuda", **parallel: Any) -> Config:
-    cluster = ClusterConfig(kind="slurm", num_nodes=nodes, procs_per_node=ranks, device=device)
+def config_of(
+    *, ranks: int = 4, nodes: int = 1, dtype: str = "bf16", device: str = "cuda", kind: str = "slurm", **parallel: Any
+) -> Config:
+    cluster = ClusterConfig(kind=kind, num_nodes=nodes, procs_per_node=ranks, device=device)
     return dataclasses.replace(
         Config(), cluster=cluster, parallel=ParallelConfig(**parallel), precision=PrecisionConfig(dtype)
     )
@@ -91,14 +93,16 @@ def proposed(config: Config, room: Room) -> tuple[str, Config]:
         (20, {"zero_stage": 3, "gather": "step"}, "Set parallel.gather=microbatch,"),
         (20, {"zero_stage": 1, "gather": "step"}, "Set parallel.zero_stage=3 parallel.gather=microbatch,"),
         (24, {"dtype": "fp32", "zero_stage": 1}, "Set parallel.zero_stage=3,"),
-        (15, {"zero_stage": 3}, "Start 6 ranks or more,"),
-        (15, {"zero_stage": 1, "pipeline": 2}, "Start 6 ranks or more with parallel.zero_stage=3,"),
+        (15, {"kind": "local", "zero_stage": 3}, "Start 6 ranks or more,"),
+        (15, {"kind": "local", "zero_stage": 1, "pipeline": 2}, "Start 6 ranks or more with parallel.zero_stage=3,"),
     ],
 )
 def test_what_is_proposed_fits_with_a_tenth_left(has: int, begin: dict[str, Any], keys: str) -> None:
     """On GPUs of `has` bytes for every four weights."""
     room = gpu(TINY * has // 4)
     fix, changed = proposed(config_of(**begin), room)
+    fix, comma, elsewhere = fix.partition("; ")
+    assert comma and elsewhere.startswith("where the run is for other machines, set cluster.device_memory_gib")
     assert fix.startswith(keys) and fix.endswith("GiB, or choose a smaller model") != fix.startswith("Start")
     assert held_bytes(changed, is_shared=False) <= 0.9 * room.size_bytes
     if ranks := re.match(r"Start (\d+) ranks", fix):
@@ -115,7 +119,46 @@ def test_more_nodes_where_ranks_share_the_memory_of_theirs() -> None:
     assert 0.5 * room.size_bytes < held_bytes(changed, is_shared=True) <= 0.9 * room.size_bytes
     here = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, kind="local"))
     (problem,) = memory_plan.problems(here, room)
-    assert problem.fix == "Choose a smaller model" and "on this machine" in problem.message
+    assert problem.fix.startswith("Choose a smaller model; ") and "on this machine" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("batch", "lanes", "begin"),
+    [
+        (16, 16, "Set cluster.num_nodes=4, which"),
+        (48, 48, "Set cluster.num_nodes=3, which"),
+        (48, 16, "Set cluster.num_nodes=4, which"),
+        (8, 8, "Set cluster.num_nodes=3, which"),
+    ],
+)
+def test_whole_nodes_of_gpus_that_the_batch_divides_over(batch: int, lanes: int, begin: str) -> None:
+    """12 ranks take 1.5 bytes a weight in ZeRO-3; 8 take 2.25, which is too much."""
+    config = compose([f"train.global_batch_size={batch}", f"data.num_lanes={lanes}", "train.micro_batch_size=1"])
+    sound = config_of(zero_stage=3, gather="microbatch")
+    config = dataclasses.replace(
+        config, cluster=sound.cluster, parallel=sound.parallel, precision=sound.precision, model=sound.model
+    )
+    assert check(config, 4) == []
+    room = gpu(TINY * 2)
+    fix, changed = proposed(config, room)
+    assert fix.startswith(begin), fix
+    assert held_bytes(changed, is_shared=False) <= 0.9 * room.size_bytes
+    is_sound = check(changed, changed.cluster.num_nodes * 4) == []
+    assert is_sound != ("global_batch_size and data.num_lanes that 12 data ranks divide" in fix)
+
+
+def test_what_a_tiny_run_takes_is_told_to_the_byte() -> None:
+    config = config_of(zero_stage=3)
+    held = held_bytes(config, is_shared=False)
+    (problem,) = memory_plan.problems(config, gpu(held - 1))
+    assert f"({held:,} bytes) on each rank" in str(problem) and f"({held - 1:,} bytes)" in str(problem)
+
+
+def test_a_dry_run_says_that_the_launch_is_refused() -> None:
+    config = config_of(zero_stage=3)
+    room = gpu(held_bytes(config, is_shared=False) - 1)
+    _, warning = memory_plan.told(config, room)
+    assert warning == f"warning: without dry_run this is refused: {next(memory_plan.problems(config, room))}"
 
 
 def test_the_line_of_the_plan() -> None:
@@ -130,7 +173,7 @@ def test_the_line_of_the_plan() -> None:
     assert line.endswith(" GiB") and "92.0% of" in line
     assert (
         warning.startswith("warning: a GPU has ")
-        and "alone take 92%; activations come on top. Start 5 ranks" in warning
+        and "alone take 92%; activations come on top. Set cluster.num_nodes=2," in warning
     )
 
 

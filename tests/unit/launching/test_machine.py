@@ -70,6 +70,8 @@ def room_of(**cluster: Any) -> tuple[int, bool, str] | None:
         ("echo 81920", 2, None),
         ("echo 81920; echo '[N/A]'", 1, None),
         ("echo 81920; exit 9", 1, None),
+        (r"printf '81920\n\377\n'", 1, None),
+        (r"printf '81920\n\302\262\n'", 1, None),  # a raised 2
         ("", 1, None),
     ],
 )

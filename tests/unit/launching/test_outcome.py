@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from bigtrain.config.check import check
 from bigtrain.config.compose import compose
 from bigtrain.config.derive import world_size
 from bigtrain.config.schema import Config
+from bigtrain.launching import outcome
 from bigtrain.launching.machine import resolve
 from bigtrain.launching.outcome import (
     already_finished,
@@ -220,11 +222,33 @@ def test_a_newest_checkpoint_that_is_damaged_is_told(tmp_path: Path) -> None:
     (newest / "a.json").unlink()
     (warning,) = damage(tmp_path)
     for part in (
+        "has lost what a run does not need to go on: ",
         "tokenizer.model: it has 5 bytes, manifest.json says 6 bytes",
         "a.json: the file is missing",
         f"tools/checkpoint.py verify {newest}",
     ):
         assert part in warning
+    (newest / "state.json").write_text("{}{}{}{}")
+    warning, beside = damage(tmp_path)
+    assert "is damaged, no run can go on from it: state.json: it has 8 bytes, " in warning
+    assert "tokenizer.model" in beside and "state.json" not in beside
     (newest / "manifest.json").write_text("{}")
     (warning,) = damage(tmp_path)
-    assert "manifest.json is not the one that was committed" in warning
+    assert "no run can go on from it: manifest.json is not the one that was committed" in warning
+
+
+def test_a_newest_checkpoint_that_the_disk_does_not_show_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders.prepare(tmp_path, 6, 0)
+    folders.commit(tmp_path, 6, {})
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(outcome, "newest_checkpoint", lambda _: folders.path_of(tmp_path, 6))  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    for act in ("stat", "read_bytes"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, act, denied)
+            (warning,) = damage(tmp_path)
+        assert "step-00000006 cannot be checked: " in warning and "Permission denied" in warning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -156,11 +157,29 @@ def test_a_checkpoint_to_resume_from_that_lost_a_file(config: Config, tmp_path: 
     """Named by itself. Of a run that has an older one, the ranks take that."""
     for step in (5, 6):
         folders.prepare(tmp_path / "checkpoints", step, 0)
-        made = folders.commit(tmp_path / "checkpoints", step, {"format": folders.FORMAT}, {"tokenizer.model": b"t"})
+        made = folders.commit(
+            tmp_path / "checkpoints", step, {"format": folders.FORMAT}, {"tokenizer.model": b"t", "a.distcp": b"t"}
+        )
     (made / "tokenizer.model").unlink()
+    assert texts(changed(config, "checkpoint", resume=str(made))) == [], "no run needs it"
+    (made / "a.distcp").unlink()
     (text,) = texts(changed(config, "checkpoint", resume=str(made)))
-    assert f"checkpoint.resume={made}: " in text and "tokenizer.model: the file is missing" in text
+    assert f"checkpoint.resume={made}: " in text and "it is not what was saved: a.distcp: the file is missing" in text
     assert texts(changed(config, "checkpoint", resume=str(tmp_path))) == []
+
+
+def test_a_checkpoint_to_resume_from_that_the_disk_does_not_show(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders.prepare(tmp_path, 5, 0)
+    made = folders.commit(tmp_path, 5, {"format": folders.FORMAT})
+
+    def denied(*_: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    (text,) = texts(changed(config, "checkpoint", resume=str(made)))
+    assert "it cannot be checked: manifest.json cannot be read (Permission denied)" in text
 
 
 def test_online_tracking_without_a_key(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,6 +85,9 @@ def test_what_is_finished_or_in_the_queue_is_left_out(tmp_path: Path, monkeypatc
     (checkpoint / "tokenizer.model").unlink()
     finished, warning, in_queue = open_runs(sweep, queue)[1]
     assert [finished, in_queue] == expected and "tokenizer.model: the file is missing" in warning
+    (done / "summary.json").unlink()
+    left, told = open_runs(sweep, queue)
+    assert len(left.runs) == 2 and told == [warning, in_queue], "it goes on, and says so"
 
 
 def test_data_that_runs_share_are_prepared_once(tmp_path: Path) -> None:
