@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bigtrain.launching.environment import free_port
+from bigtrain.telemetry.failures import place_file
 from tests.integration.runs import committed, records, trajectory
 from tests.integration.slurm.cluster import DEADLINE_S, SOURCE, Cluster
 
@@ -78,12 +82,12 @@ def at_step(run_dir: Path, step: int) -> None:
         time.sleep(0.02)
 
 
-def is_the_run(run_dir: Path, here: Path, signal: str) -> None:
-    """Bit for bit, each step once, though `signal` stopped it on the way: two nodes of two ranks are four ranks."""
+def is_the_run(run_dir: Path, here: Path, stopped_by: str) -> None:
+    """Bit for bit, each step once, though `stopped_by` stopped it on the way: two nodes of two ranks are four ranks."""
     assert [record["step"] for record in records(here, "train")] == list(range(1, STEPS + 1))
     assert trajectory(run_dir) == trajectory(here)
     events = {record["name"]: record for record in records(run_dir, "event")}
-    assert events["stop"]["signal"] == signal and 1 <= events["stop"]["step"] < STEPS
+    assert events["stop"]["signal"] == stopped_by and 1 <= events["stop"]["step"] < STEPS
     assert events["resume"]["step"] == events["stop"]["step"] and events["resume"]["lines_removed"] == 0
     assert committed(run_dir) == [events["stop"]["step"], STEPS]
     assert (run_dir / "code" / "bigtrain" / "__pycache__").is_dir(), "the ranks ran the copy of the code"
@@ -116,7 +120,11 @@ def test_a_save_that_ends_behind_the_time_limit_is_queued_again(
     run_dir = folder / "runs" / "limit"
     job_id = submitted(cluster.ask(*LAUNCH, *settings(data, "limit"), *TWO_NODES, cwd=folder))
     at_step(run_dir, 1)
+    process = json.loads(place_file(run_dir, 3).read_text())["pid"]
+    os.kill(process, signal.SIGSTOP)  # Slurm looks at time limits twice a minute: all steps would be done before
     cluster.ask("scontrol", "update", f"JobId={job_id}", "EndTime=now")
+    cluster.wait(job_id, lambda job: job["JobState"] != "RUNNING")
+    os.kill(process, signal.SIGCONT)
     cluster.wait(job_id, lambda job: job["JobState"] == "PENDING")
     cluster.ask("scontrol", "update", f"JobId={job_id}", "TimeLimit=30")
     job = cluster.ended(job_id)
